@@ -1,0 +1,36 @@
+"""Where in a transformer do several tasks interfere? A Lightning callback that answers per head."""
+
+from qkov_lightning.architectures import ArchitectureError, find_projections, register_architecture
+from qkov_lightning.cache import CacheError, GradientCache
+from qkov_lightning.capture import CaptureWarning, GradientCapture
+from qkov_lightning.drift import DriftReport, NotComparableError, check_drift
+from qkov_lightning.fisher import EmpiricalFisher
+from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.interference import head_interference
+from qkov_lightning.metric import HeadInterference
+from qkov_lightning.monitor import InterferenceMonitor
+from qkov_lightning.projections import Block, Projection, contiguous_heads
+from qkov_lightning.samples import task
+
+__all__ = [
+    "ArchitectureError",
+    "Block",
+    "CacheError",
+    "CaptureWarning",
+    "DriftReport",
+    "EmpiricalFisher",
+    "GradientCache",
+    "GradientCapture",
+    "HeadInterference",
+    "HeatmapError",
+    "InterferenceHeatmap",
+    "InterferenceMonitor",
+    "NotComparableError",
+    "Projection",
+    "check_drift",
+    "contiguous_heads",
+    "find_projections",
+    "head_interference",
+    "register_architecture",
+    "task",
+]

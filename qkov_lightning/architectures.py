@@ -1,0 +1,397 @@
+"""Find the attention layers of a model and place their heads, or refuse.
+
+Separate projections are placed by the names of their modules and checked against shapes. The order of the
+pieces of a FUSED projection cannot be told from shapes, so only the conventions in ``FUSED`` are placed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from qkov_lightning.projections import BLOCKS, Block, Projection, check_unique, contiguous_heads
+
+HeadMap = Mapping[Block, tuple[str, Int[Tensor, "head feature"]]]
+"""For each block: path of its module inside the attention module, and the features of each head."""
+
+Recogniser = Callable[[nn.Module], HeadMap]
+
+SEPARATE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("wq", "wk", "wv"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("q", "k", "v"),
+)
+OUTPUT = ("o_proj", "out_proj", "wo", "Wo", "out_lin", "output_proj", "c_proj", "dense", "proj", "o", "output.dense")
+
+NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_query_groups")
+HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+class ArchitectureError(ValueError):
+    """An attention layer cannot be placed with certainty."""
+
+
+def _blocks(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``q0 q1 .. k0 k1 .. v0 v1 ..``."""
+    keys = num_heads * head_dim
+    values = keys + num_kv_heads * head_dim
+    return (
+        contiguous_heads(num_heads, head_dim),
+        contiguous_heads(num_kv_heads, head_dim, keys),
+        contiguous_heads(num_kv_heads, head_dim, values),
+    )
+
+
+def _grouped(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``q0 q1 k0 v0 q2 q3 k1 v1 ..``: query heads, then the key and value head that they share."""
+    group = num_heads // num_kv_heads
+    pieces = contiguous_heads(num_kv_heads * (group + 2), head_dim).view(num_kv_heads, group + 2, head_dim)
+    return pieces[:, :group].flatten(0, 1), pieces[:, group], pieces[:, group + 1]
+
+
+def _four_shards(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``q.. v.. k..`` in each of four shards of the heads."""
+    pieces = contiguous_heads(2 * num_kv_heads + num_heads, head_dim).view(4, 3, num_heads // 4, head_dim)
+    query, value, key = (pieces[:, i].reshape(num_heads, head_dim) for i in range(3))
+    return query, key, value
+
+
+FUSED: tuple[tuple[Callable[[int, int, int], tuple[Tensor, Tensor, Tensor]], tuple[str, ...]], ...] = (
+    (
+        _grouped,
+        (
+            "transformers.GPTBigCodeAttention.c_attn",
+            "transformers.GPTNeoXAttention.query_key_value",
+            "transformers.BloomAttention.query_key_value",
+            "transformers.PersimmonAttention.query_key_value",
+            "transformers.FalconAttention.query_key_value",
+            "transformers.DisentangledSelfAttention.in_proj",
+        ),
+    ),
+    (_four_shards, ("transformers.CodeGenAttention.qkv_proj",)),
+    (
+        _blocks,
+        (
+            "*.c_attn",
+            "transformers.MptAttention.Wqkv",
+            "transformers.DbrxAttention.Wqkv",
+            "transformers.ModernBertAttention.Wqkv",
+            "transformers.Phi3Attention.qkv_proj",
+            "timm.Attention.qkv",
+            "litgpt.CausalSelfAttention.qkv",
+        ),
+    ),
+)
+"""Conventions for fused projections, and who follows them: package, class and module name."""
+
+GATED_QUERY = ("transformers.Qwen3NextAttention", "transformers.Qwen3_5Attention", "transformers.Qwen3_5MoeAttention")
+"""Attention whose query projection holds, for each head, the query and then a gate of the same size."""
+
+_registered: dict[str, Recogniser] = {}
+
+
+def register_architecture(class_name: str, recogniser: Recogniser) -> None:
+    """Teach ``find_projections`` an attention class.
+
+    Args:
+        class_name: Name of the attention module's class.
+        recogniser: Gives the head map of such a module, or an empty one to pass it over.
+
+    Example:
+        An attention with a fused projection that interleaves key, query and value inside each head:
+
+        >>> class MyAttention(torch.nn.Module):
+        ...     def __init__(self, width=32, heads=4):
+        ...         super().__init__()
+        ...         self.heads, self.size = heads, width // heads
+        ...         self.kqv = torch.nn.Linear(width, 3 * width)
+        ...         self.out = torch.nn.Linear(width, width)
+        >>> def my_heads(attention):
+        ...     pieces = contiguous_heads(3 * attention.heads, attention.size)
+        ...     return {
+        ...         "K": ("kqv", pieces[0::3]),
+        ...         "Q": ("kqv", pieces[1::3]),
+        ...         "V": ("kqv", pieces[2::3]),
+        ...         "O": ("out", contiguous_heads(attention.heads, attention.size)),
+        ...     }
+        >>> register_architecture("MyAttention", my_heads)
+        >>> [projection.block for projection in find_projections(torch.nn.Sequential(MyAttention()))]
+        ['Q', 'K', 'V', 'O']
+    """
+    _registered[class_name] = recogniser
+
+
+def find_projections(model: nn.Module) -> list[Projection]:
+    """The Q, K, V and O projections of every attention layer, in the order of the model's modules.
+
+    Args:
+        model: Any module with attention layers inside.
+
+    Returns:
+        Projections, layer by layer.
+
+    Raises:
+        ArchitectureError: If there is no attention, or an attention layer cannot be placed with
+            certainty. The message shows what was found and what to write.
+    """
+    projections: list[Projection] = []
+    placed: set[str] = set()
+    suspects: dict[str, str] = {}
+    layer = 0
+    for name, module in model.named_modules():
+        if _is_inside(name, placed):
+            continue
+        try:
+            head_map = _recognise(model, name, module)
+        except ArchitectureError as error:
+            suspects[name] = str(error)
+            continue
+        if head_map is None:
+            if _looks_like_attention(module):
+                suspects[name] = _unknown(name, module)
+            continue
+        placed.add(name)
+        if head_map:
+            projections += _layer(layer, name, head_map, model)
+            layer += 1
+    for name, message in suspects.items():
+        # A wrapper around an attention that was placed is none itself.
+        if not _is_inside(name, placed) and not any(_is_inside(other, {name}) for other in placed):
+            raise ArchitectureError(message)
+    if not projections:
+        raise ArchitectureError(
+            f"No attention layer was found in {type(model).__name__}. Known names are "
+            + "; ".join("/".join(names) for names in SEPARATE)
+            + ". Declare others with `register_architecture(<class name>, <function>)`."
+        )
+    check_unique(projections)
+    return projections
+
+
+def _is_inside(name: str, containers: set[str]) -> bool:
+    return any(name == container or name.startswith(f"{container}.") or not container for container in containers)
+
+
+def _layer(layer: int, name: str, head_map: HeadMap, model: nn.Module) -> list[Projection]:
+    num_query_heads = head_map["Q"][1].shape[0] if "Q" in head_map else 0
+    result = []
+    for block in BLOCKS:
+        if block not in head_map:
+            continue
+        path, features = head_map[block]
+        module_name = _resolve(name, path)
+        model.get_submodule(module_name)
+        group = max(1, num_query_heads // features.shape[0])
+        result.append(Projection(module_name, layer, _label(name), block, features.to(torch.int64), group))
+    return result
+
+
+def _resolve(name: str, path: str) -> str:
+    """Dotted path of a module given relative to ``name``; each leading ``^.`` goes up by one."""
+    while path.startswith("^."):
+        name, path = name.rpartition(".")[0], path[2:]
+    return f"{name}.{path}" if name else path
+
+
+def _label(name: str) -> str:
+    return name.removesuffix(".self") or "attention"
+
+
+def _recognise(model: nn.Module, name: str, module: nn.Module) -> HeadMap | None:
+    for cls in type(module).__mro__:
+        if cls.__name__ in _registered:
+            return _registered[cls.__name__](module)
+    for names in SEPARATE:
+        if all(_is_linear(_child(module, child)) for child in names):
+            return _separate(model, name, module, names)
+    for leaf, child in module.named_children():
+        for place, classes in FUSED:
+            if _is_linear(child) and _is_one_of(module, classes, f".{leaf}"):
+                return _fused(model, name, module, leaf, place)
+    return None
+
+
+def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, str, str]) -> HeadMap:
+    rows_q, rows_k, rows_v = (linear_sizes(module.get_submodule(child))[1] for child in names)
+    heads = _num_heads(model, name, module)
+    output = _output(model, name, module)
+    head_dim = _divide(name, names[0], rows_q, heads)
+    declared = _declared(model, name, module, HEAD_DIM)
+    gated = _is_one_of(module, GATED_QUERY)
+    if declared is not None and head_dim != declared * (2 if gated else 1):
+        raise ArchitectureError(
+            f"Attention `{name}` ({type(module).__name__}): `{names[0]}` has {rows_q} rows, expected {heads} heads x "
+            f"{declared} = {heads * declared}. {_how_to_register(module)}"
+        )
+    if gated:
+        query = contiguous_heads(2 * heads, head_dim // 2)[::2]
+        head_dim //= 2
+    else:
+        query = contiguous_heads(heads, head_dim)
+    kv_heads = _declared(model, name, module, NUM_KV_HEADS) or _divide(name, names[1], rows_k, head_dim)
+    if kv_heads * head_dim != rows_k or heads % kv_heads:
+        raise ArchitectureError(
+            f"Attention `{name}` ({type(module).__name__}): `{names[1]}` has {rows_k} rows, expected {kv_heads} "
+            f"key-value heads x {head_dim} = {kv_heads * head_dim}, and {kv_heads} to divide the {heads} query heads. "
+            + _how_to_register(module)
+        )
+    value_dim = _divide(name, names[2], rows_v, kv_heads)
+    return {
+        "Q": (names[0], query),
+        "K": (names[1], contiguous_heads(kv_heads, head_dim)),
+        "V": (names[2], contiguous_heads(kv_heads, value_dim)),
+        "O": (output, _output_heads(model, name, module, output, heads, value_dim)),
+    }
+
+
+def _fused(
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    leaf: str,
+    place: Callable[[int, int, int], tuple[Tensor, Tensor, Tensor]],
+) -> HeadMap:
+    rows = linear_sizes(module.get_submodule(leaf))[1]
+    heads = _num_heads(model, name, module)
+    output = _output(model, name, module)
+    head_dim = _divide(name, output, linear_sizes(model.get_submodule(_resolve(name, output)))[0], heads)
+    output_heads = (output, contiguous_heads(heads, head_dim))
+    if _is_linear(_child(module, "q_attn")) and rows == 2 * heads * head_dim:  # GPT-2 cross-attention
+        keys, values = contiguous_heads(2 * heads, head_dim).split(heads)
+        return {
+            "Q": ("q_attn", contiguous_heads(heads, head_dim)),
+            "K": (leaf, keys),
+            "V": (leaf, values),
+            "O": output_heads,
+        }
+    kv_heads = _declared(model, name, module, NUM_KV_HEADS) or heads
+    if (heads + 2 * kv_heads) * head_dim != rows or heads % kv_heads:
+        raise ArchitectureError(
+            f"Attention `{name}` ({type(module).__name__}): `{leaf}` has {rows} rows, expected ({heads} query heads + "
+            f"2 x {kv_heads} key-value heads) x {head_dim} = {(heads + 2 * kv_heads) * head_dim}. "
+            + _how_to_register(module)
+        )
+    query, key, value = place(heads, kv_heads, head_dim)
+    return {"Q": (leaf, query), "K": (leaf, key), "V": (leaf, value), "O": output_heads}
+
+
+def _output(model: nn.Module, name: str, module: nn.Module) -> str:
+    """Path of the output projection: a child, or a neighbour as in BERT (`self` beside `output.dense`)."""
+    for path in OUTPUT:
+        if _is_linear(_child(module, path)):
+            return path
+    if name and _is_linear(_child(model.get_submodule(name.rpartition(".")[0]), "output.dense")):
+        return "^.output.dense"
+    raise ArchitectureError(
+        f"Attention `{name}` ({type(module).__name__}) has no output projection: expected one of "
+        f"{', '.join(OUTPUT)}; found {_linear_children(module)}. {_how_to_register(module)}"
+    )
+
+
+def _output_heads(model: nn.Module, name: str, module: nn.Module, output: str, heads: int, value_dim: int) -> Tensor:
+    columns = linear_sizes(model.get_submodule(_resolve(name, output)))[0]
+    if columns != heads * value_dim:
+        raise ArchitectureError(
+            f"Attention `{name}` ({type(module).__name__}): `{output}` has {columns} columns, expected {heads} heads x "
+            f"{value_dim} (the size of a value head) = {heads * value_dim}. {_how_to_register(module)}"
+        )
+    return contiguous_heads(heads, value_dim)
+
+
+def _num_heads(model: nn.Module, name: str, module: nn.Module) -> int:
+    heads = _declared(model, name, module, NUM_HEADS)
+    if heads is None:
+        raise ArchitectureError(
+            f"Attention `{name}` ({type(module).__name__}): the number of heads is unknown. Neither the module nor "
+            f"the model's config has one of {', '.join(NUM_HEADS)}; found {_linear_children(module)}. "
+            + _how_to_register(module)
+        )
+    return heads
+
+
+def _declared(model: nn.Module, name: str, module: nn.Module, attributes: tuple[str, ...]) -> int | None:
+    """A number that the attention module says of itself, else the config of the nearest module around it."""
+    holders: list[object] = [module]
+    while True:
+        config = getattr(model.get_submodule(name), "config", None)
+        if config is not None:
+            holders.append(config)
+            break
+        if not name:
+            break
+        name = name.rpartition(".")[0]
+    for holder in holders:
+        for attribute in attributes:
+            value = holder.get(attribute) if isinstance(holder, Mapping) else getattr(holder, attribute, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _divide(name: str, path: str, features: int, parts: int) -> int:
+    if features % parts:
+        raise ArchitectureError(
+            f"Attention `{name}`: the {features} features of `{path}` do not divide into {parts} equal parts. "
+            "Check the number of heads in the model's config."
+        )
+    return features // parts
+
+
+def _child(module: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _is_linear(module: nn.Module | None) -> bool:
+    if module is None:
+        return False
+    weight = getattr(module, "weight", None)
+    return hasattr(module, "in_features") or (isinstance(weight, Tensor) and weight.ndim == 2 and hasattr(module, "nf"))
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Input and output features of a linear module, whatever the layout of its weight."""
+    if hasattr(module, "in_features"):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    weight = module.weight  # Conv1D of GPT-2: inputs first
+    return int(weight.shape[0]), int(weight.shape[1])  # type: ignore[union-attr]
+
+
+def _is_one_of(module: nn.Module, patterns: tuple[str, ...], leaf: str = "") -> bool:
+    names = [f"{cls.__module__.partition('.')[0]}.{cls.__name__}{leaf}" for cls in type(module).__mro__]
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def _looks_like_attention(module: nn.Module) -> bool:
+    linear = [child for child in module.children() if _is_linear(child)]
+    return "attention" in type(module).__name__.lower() and len(linear) >= 2
+
+
+def _linear_children(module: nn.Module) -> str:
+    found = [f"`{name}` {linear_sizes(child)}" for name, child in module.named_modules() if name and _is_linear(child)]
+    return ", ".join(found) + " (inputs, outputs)" if found else "no linear module"
+
+
+def _unknown(name: str, module: nn.Module) -> str:
+    return (
+        f"Attention `{name}` ({type(module).__module__}.{type(module).__name__}) has an unknown layout; found "
+        f"{_linear_children(module)}. {_how_to_register(module)}"
+    )
+
+
+def _how_to_register(module: nn.Module) -> str:
+    return (
+        "Say which features belong to each head (or return {} to leave such layers out): "
+        f'register_architecture("{type(module).__name__}", lambda attention: {{"Q": ("<module>", '
+        'contiguous_heads(num_heads, head_dim)), "K": ..., "V": ..., "O": ...})'
+    )

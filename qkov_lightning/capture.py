@@ -1,0 +1,363 @@
+"""Per-sample gradient factors of the attention projections, from ordinary backward passes."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from qkov_lightning.projections import Projection
+from qkov_lightning.samples import Labels, Samples, current_labels
+
+LossReduction = Literal["mean", "token_mean", "sum"]
+"""How the training loss joins its samples: mean over samples, mean over target tokens, or sum."""
+
+
+class CaptureWarning(UserWarning):
+    """Gradients of a projection could not be captured; its cells lack the samples of that step."""
+
+
+@dataclass(frozen=True, eq=False)
+class GradientFactors:
+    """What the per-sample gradients of a linear module are made of.
+
+    Attributes:
+        activation: Input of the module at each token.
+        grad_output: Gradient of the loss with respect to the output at each token.
+        offsets: Tokens ``offsets[n]:offsets[n + 1]`` belong to sample n.
+    """
+
+    activation: Float[Tensor, "token d_in"]
+    grad_output: Float[Tensor, "token d_out"]
+    offsets: Int[Tensor, "edge"]
+
+
+@dataclass(frozen=True, eq=False)
+class CapturedStep:
+    """What was captured from one forward pass, and its backward passes, of a training step.
+
+    Attributes:
+        samples: Who the samples are.
+        scales: Factor per sample that turns its captured gradient into that of its own loss.
+        factors: Factors by module name. Modules that share an input share the activation tensor.
+    """
+
+    samples: Samples
+    scales: Float[Tensor, "sample"]
+    factors: dict[str, GradientFactors]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no factor has a NaN or an infinity (an overflow under mixed precision, say)."""
+        tensors = {id(t): t for f in self.factors.values() for t in (f.activation, f.grad_output)}
+        return bool(self.scales.isfinite().all()) and all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Delivery:
+    activation: Tensor
+    grad_output: Tensor
+    scale: float
+
+
+@dataclass(eq=False)
+class _Call:
+    """One forward call of one module, under the labels of a ``with task(...)`` or of the batch (None)."""
+
+    module_name: str
+    labels: Labels | None
+    recomputed: bool
+    deliveries: list[_Delivery] = field(default_factory=list)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity that sees the gradient of a module's output beside the module's input.
+
+    ``save_for_backward`` rather than a closure: activation checkpointing can then drop the activation
+    and bring it back, so that the tap holds no memory of its own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, activation: Tensor, deliver: Callable[[Tensor, Tensor], None]) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(activation)
+        ctx.deliver = deliver
+        # A clone, not a view: the model may go on to change its output in place (`q *= scale`).
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        (activation,) = ctx.saved_tensors
+        ctx.deliver(activation, grad_outputs[0])
+        return grad_outputs[0], None, None
+
+
+def _inside_backward() -> bool:
+    """Whether autograd is running: a forward then is the recomputation of a checkpoint."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class GradientCapture:
+    """Taps on the projections of a model.
+
+    Between ``start`` and ``finish`` every forward and backward pass is watched; otherwise the taps let
+    everything pass untouched. In a training loop of one's own::
+
+        with GradientCapture(model, find_projections(model)) as capture:
+            capture.start()
+            with task(batch["task"]):
+                loss = loss_function(model(batch["x"]), batch["y"])
+            loss.backward()
+            steps = capture.finish()
+
+    Args:
+        model: Holds the projections.
+        projections: What to watch.
+        loss_reduction: How the loss joins the samples of a batch.
+        rank: This process, where several number their samples.
+        world_size: Number of such processes.
+
+    Attributes:
+        scale: Multiplies every gradient that arrives after it is set; ``start`` sets it to 1. Undoes
+            what the training loop did to the loss: accumulation, gradient scaling.
+        numbering: Samples without an identifier seen so far, per task.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        projections: Sequence[Projection],
+        loss_reduction: LossReduction = "mean",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._modules = {p.module_name: model.get_submodule(p.module_name) for p in projections}
+        self._loss_reduction = loss_reduction
+        self._rank, self._world_size = rank, world_size
+        self.numbering: Counter[str] = Counter()
+        self._warned: set[str] = set()
+        self._handles: list[Any] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._active = False
+        self._calls: list[_Call] = []
+        self._ran_without_grad: set[str] = set()
+        self._problems: dict[str, str] = {}
+        self.scale = 1.0
+
+    def install(self) -> None:
+        """Put the taps in place."""
+        if not self._handles:
+            for name, module in self._modules.items():
+                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+
+    def remove(self) -> None:
+        """Take the taps away and forget what they saw."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._reset()
+
+    def __enter__(self) -> GradientCapture:
+        self.install()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    @property
+    def active(self) -> bool:
+        """Whether a step is being captured."""
+        return self._active
+
+    def start(self) -> None:
+        """Watch from now on."""
+        self._reset()
+        self._active = True
+
+    def discard(self) -> None:
+        """Forget the step."""
+        self._reset()
+
+    def finish(self, batch_labels: Callable[[], Labels] | None = None) -> list[CapturedStep]:
+        """End the step and hand over what was captured.
+
+        Args:
+            batch_labels: Gives the labels of forward passes that ran outside ``with task(...)``.
+
+        Returns:
+            One captured step per labelled forward pass that reached the loss.
+
+        Raises:
+            ValueError: If samples have no task, or no projection's input has one row per sample.
+
+        Warns:
+            CaptureWarning: Once per projection whose gradients did not arrive.
+        """
+        try:
+            self._account()
+            steps = []
+            for labels in dict.fromkeys(call.labels for call in self._calls if call.deliveries):
+                calls = [call for call in self._calls if call.labels is labels and call.deliveries]
+                if labels is None:
+                    if batch_labels is None:
+                        raise ValueError("The samples have no task: wrap the forward pass in `with task(...)`.")
+                    labels = batch_labels()
+                steps.append(self._collect(labels, calls))
+            self._warn()
+            return [step for step in steps if step.factors]
+        finally:
+            self._reset()
+
+    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> Tensor | None:
+            if not self._active or not is_trainable(module):
+                return None
+            if not isinstance(output, Tensor):
+                self._problems[name] = f"its output is a {type(output).__name__}, expected one tensor"
+                return None
+            if not (torch.is_grad_enabled() and output.requires_grad):
+                self._ran_without_grad.add(name)
+                return None
+            call = _Call(name, current_labels(), recomputed=_inside_backward())
+            self._calls.append(call)
+            activation: Tensor = args[0] if args else next(iter(kwargs.values()))
+
+            def deliver(activation: Tensor, grad_output: Tensor) -> None:
+                if not self._active:
+                    return
+                if torch.is_grad_enabled():
+                    self._problems[name] = (
+                        "its backward pass is differentiated again (create_graph=True), which adds gradients "
+                        "that do not pass through its output"
+                    )
+                call.deliveries.append(_Delivery(activation.detach(), grad_output.detach(), self.scale))
+
+            tapped: Tensor = _Tap.apply(output, activation.detach(), deliver)
+            return tapped
+
+        return hook
+
+    def _account(self) -> None:
+        """Find every trainable projection that ran but did not deliver."""
+        delivered = {call.module_name for call in self._calls if call.deliveries}
+        ran = {call.module_name for call in self._calls if not call.recomputed} | self._ran_without_grad
+        for name, module in self._modules.items():
+            if name in delivered:
+                continue
+            if name in ran:
+                self._problems[name] = "it ran forward, but no gradient of its output arrived"
+            elif any(p.grad is not None and bool(p.grad.any()) for p in module.parameters()):
+                self._problems[name] = (
+                    "it has a gradient, but its forward pass was not seen (compiled before the monitor "
+                    "started, or its weight used without calling it)"
+                )
+
+    def _collect(self, labels: Labels, calls: list[_Call]) -> CapturedStep:
+        num_samples = labels.num_samples or calls[0].deliveries[0].grad_output.shape[0]
+        samples = labels.resolve(num_samples, self.numbering, self._rank, self._world_size)
+        common_scale = calls[0].deliveries[0].scale
+        shared: dict[tuple[object, ...], Tensor] = {}
+        by_module: dict[str, list[_Delivery]] = {}
+        for call in calls:
+            by_module.setdefault(call.module_name, []).extend(call.deliveries)
+        factors = {}
+        for name, deliveries in by_module.items():
+            shape = next((d.activation.shape for d in deliveries if not _has_rows(d, num_samples)), None)
+            if shape is not None:
+                self._problems[name] = (
+                    f"its input has shape {tuple(shape)}, expected the first dimension to be the {num_samples} "
+                    "samples of the batch"
+                )
+            if name not in self._problems:
+                factors[name] = _join(deliveries, num_samples, common_scale, shared)
+        if not factors:
+            raise ValueError(
+                "No projection could be captured: "
+                + "; ".join(f"`{name}`: {problem}" for name, problem in self._problems.items())
+                + f". The labels say that the batch has {num_samples} samples."
+            )
+        return CapturedStep(samples, self._sample_scales(samples) * common_scale, _without_padding(factors))
+
+    def _sample_scales(self, samples: Samples) -> Tensor:
+        if self._loss_reduction == "sum":
+            return torch.ones(len(samples), dtype=torch.float64)
+        if self._loss_reduction == "mean":
+            return torch.full((len(samples),), float(len(samples)), dtype=torch.float64)
+        if samples.num_target_tokens is None:
+            raise ValueError(
+                'loss_reduction="token_mean" needs the number of target tokens of each sample: put it into '
+                '`batch["num_target_tokens"]`, for example `(labels[:, 1:] != -100).sum(dim=1)` for a causal '
+                "language model, or pass `num_target_tokens_of=<key or function of the batch>`."
+            )
+        counts = torch.tensor(samples.num_target_tokens, dtype=torch.float64)
+        # A sample without targets has no loss, and so a gradient of zero whatever its factor.
+        return torch.where(counts > 0, counts.sum() / counts.clamp(min=1), 0.0)
+
+    def _warn(self) -> None:
+        for name, problem in self._problems.items():
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"Projection `{name}`: {problem}. Its cells have no data from such steps.",
+                    CaptureWarning,
+                    stacklevel=3,
+                )
+
+
+def is_trainable(module: nn.Module) -> bool:
+    """Whether any parameter of the module trains (for a LoRA wrapper: its adapters)."""
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _has_rows(delivery: _Delivery, num_samples: int) -> bool:
+    return delivery.activation.ndim >= 2 and delivery.activation.shape[0] == num_samples
+
+
+def _join(
+    deliveries: list[_Delivery], num_samples: int, common_scale: float, shared: dict[tuple[object, ...], Tensor]
+) -> GradientFactors:
+    """Tokens of all calls of one module, sample by sample."""
+    grads = []
+    for delivery in deliveries:
+        grad = delivery.grad_output
+        if delivery.scale != common_scale:
+            grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) * (delivery.scale / common_scale)
+        grads.append(grad.reshape(num_samples, -1, grad.shape[-1]))
+    # Autocast computed the weight gradient from the activation in the precision of the output.
+    dtype = deliveries[0].grad_output.dtype
+    # Q, K and V usually read one tensor: keep it one tensor.
+    key = (dtype, *((d.activation.data_ptr(), d.activation.shape, d.activation.stride()) for d in deliveries))
+    if key not in shared:
+        inputs = [d.activation.reshape(num_samples, -1, d.activation.shape[-1]).to(dtype) for d in deliveries]
+        shared[key] = torch.cat(inputs, dim=1).flatten(0, 1)
+    time = shared[key].shape[0] // num_samples
+    offsets = torch.arange(0, num_samples * time + 1, time)
+    return GradientFactors(shared[key], torch.cat(grads, dim=1).flatten(0, 1), offsets)
+
+
+def _without_padding(factors: dict[str, GradientFactors]) -> dict[str, GradientFactors]:
+    """Drop the tokens whose output gradients are all zero, which is lossless.
+
+    Modules that share an activation keep the same tokens, so that they go on sharing it.
+    """
+    sharing: dict[int, list[str]] = {}
+    for name, factor in factors.items():
+        sharing.setdefault(id(factor.activation), []).append(name)
+    packed = dict(factors)
+    for names in sharing.values():
+        activation, offsets = factors[names[0]].activation, factors[names[0]].offsets
+        keep = torch.stack([(factors[name].grad_output != 0).any(dim=1) for name in names]).any(dim=0)
+        if bool(keep.all()):
+            continue
+        ends = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)]).cpu()[offsets]
+        activation = activation[keep]
+        for name in names:
+            packed[name] = GradientFactors(activation, factors[name].grad_output[keep], ends)
+    return packed

@@ -1,0 +1,127 @@
+"""The diagonal empirical Fisher of one projection: an EMA per task over captured steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qkov_lightning.cache import CacheError, write_durably
+
+
+class EmpiricalFisher:
+    r"""Bias-corrected EMA of squared per-sample gradients, per task.
+
+    For each captured step that holds samples of task t,
+
+    .. math:: F_t \leftarrow \beta F_t + (1 - \beta) \operatorname{mean}_i g_i^2,
+              \qquad \hat F_t = F_t / (1 - \beta^{n_t})
+
+    with n_t the number of such steps (the correction of Adam, Kingma & Ba 2015). This is the *empirical*
+    Fisher: gradients of the observed targets, not of targets drawn from the model (Kunstner et al. 2019,
+    arXiv:1905.12558).
+
+    Args:
+        decay: :math:`\beta`, in [0, 1). The memory is about ``1 / (1 - decay)`` captured steps.
+
+    Raises:
+        ValueError: If ``decay`` is outside [0, 1).
+    """
+
+    def __init__(self, decay: float = 0.95) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay is {decay}, expected 0 <= decay < 1.")
+        self.decay = decay
+        self._average: dict[str, Tensor] = {}
+        self._num_steps: dict[str, int] = {}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that were seen."""
+        return tuple(sorted(self._average))
+
+    def update(self, gradients: Float[Tensor, "sample *weight"], tasks: Sequence[str]) -> None:
+        """Fold in the samples of one captured step.
+
+        Args:
+            gradients: Per-sample gradients, of the same weights at every call.
+            tasks: Task of each sample.
+
+        Raises:
+            ValueError: If there is not one task per sample.
+        """
+        if len(tasks) != gradients.shape[0]:
+            raise ValueError(f"{len(tasks)} tasks for {gradients.shape[0]} samples, expected one per sample.")
+        self.fold({
+            task: gradients[torch.tensor([name == task for name in tasks], device=gradients.device)].square().mean(dim=0)
+            for task in dict.fromkeys(tasks)
+        })
+
+    def fold(self, mean_squares: Mapping[str, Float[Tensor, "*weight"]]) -> None:
+        """Fold in one captured step of which the mean squared gradients are known already.
+
+        Args:
+            mean_squares: Mean over the samples of each task that the step holds.
+        """
+        for task, mean_square in mean_squares.items():
+            if task not in self._average:
+                self._average[task] = torch.zeros_like(mean_square)
+                self._num_steps[task] = 0
+            self._average[task].lerp_(mean_square, 1 - self.decay)
+            self._num_steps[task] += 1
+
+    def estimate(self, task: str) -> Float[Tensor, "*weight"]:
+        """Bias-corrected Fisher of one task, in squared loss per squared unit of weight.
+
+        Raises:
+            ValueError: If no sample of the task was seen.
+        """
+        if task not in self._average:
+            raise ValueError(f"No sample of task {task!r} was seen; the Fisher knows {', '.join(self.tasks) or 'none'}.")
+        return self._average[task] / (1 - self.decay ** self._num_steps[task])
+
+    def pooled(self) -> Float[Tensor, "*weight"]:
+        """Mean of the tasks' Fishers: every task weighs the same, whatever its share of the batches.
+
+        Pooling is what keeps the reference task in the score: divided by its own Fisher, a task's mean
+        squared gradient is 1 at every weight.
+
+        Raises:
+            ValueError: If no sample was seen.
+        """
+        if not self._average:
+            raise ValueError("The Fisher has seen no sample yet: call update first.")
+        return torch.stack([self.estimate(task) for task in self.tasks]).mean(dim=0)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, completely or not at all.
+
+        Raises:
+            CacheError: If the disk refuses.
+        """
+        header = {"decay": self.decay, "num_steps": self._num_steps}
+        names = {f"{index}": task for index, task in enumerate(self.tasks)}
+        tensors = {index: self._average[task].cpu().contiguous() for index, task in names.items()}
+        write_durably(path, tensors, {"qkov_fisher": json.dumps({**header, "tasks": names})})
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> EmpiricalFisher:
+        """Read what ``save`` wrote.
+
+        Raises:
+            CacheError: If the file is missing or is no Fisher.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                header = json.loads(file.metadata()["qkov_fisher"])
+                fisher = cls(header["decay"])
+                fisher._num_steps = {task: int(steps) for task, steps in header["num_steps"].items()}
+                fisher._average = {task: file.get_tensor(index) for index, task in header["tasks"].items()}
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"Fisher file {path} cannot be read: {error}") from error
+        return fisher

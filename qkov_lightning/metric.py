@@ -1,0 +1,138 @@
+"""The torchmetrics face of the scores: states, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from qkov_lightning.interference import MIN_SAMPLES, SCORES, slice_statistics
+from qkov_lightning.projections import BLOCKS, Block
+
+
+class HeadInterference(Metric):
+    """Interference of every ordered task pair in every (layer, head, block).
+
+    Each ``update`` brings one projection: the gradients of all samples, which it reduces to a few numbers
+    per cell. States are sums with ``dist_reduce_fx="sum"``, so that processes can share the layers among
+    themselves. Updating a cell twice averages the two results by their numbers of sample pairs.
+
+    Args:
+        tasks: Names of the tasks, in the order of the result's axes.
+        num_layers: Number of attention layers.
+        num_heads: Largest number of heads of any block.
+        damping: Added to the Fisher, relative to its mean over a slice.
+        **kwargs: As for every :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If there is no task, or the damping is not positive.
+
+    Example:
+        >>> from qkov_lightning import EmpiricalFisher
+        >>> gradients = torch.randn(8, 4, 32, generator=torch.Generator().manual_seed(0))
+        >>> tasks = ["math"] * 4 + ["code"] * 4
+        >>> fisher = EmpiricalFisher()
+        >>> fisher.update(gradients, tasks)
+        >>> metric = HeadInterference(["math", "code"], num_layers=1, num_heads=4)
+        >>> metric.update(gradients, tasks, fisher.pooled(), layer=0, block="Q")
+        >>> metric.compute()["relative"].shape  # [task, task, layer, head, block]
+        torch.Size([2, 2, 1, 4, 4])
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    def __init__(
+        self, tasks: Sequence[str], num_layers: int, num_heads: int, damping: float = 1e-3, **kwargs: Any  # noqa: ANN401
+    ) -> None:
+        super().__init__(**kwargs)
+        if not tasks:
+            raise ValueError("tasks is empty, expected the names of the tasks to compare.")
+        if not damping > 0:
+            raise ValueError(f"damping is {damping}, expected a positive number.")
+        self.tasks = tuple(tasks)
+        self.damping = damping
+        pairs = torch.zeros(len(tasks), len(tasks), num_layers, num_heads, len(BLOCKS), dtype=torch.float64)
+        for score in SCORES:
+            self.add_state(f"{score}_sum", pairs.clone(), dist_reduce_fx="sum")
+            self.add_state(f"{score}_variance_sum", pairs.clone(), dist_reduce_fx="sum")
+        self.add_state("num_pairs", pairs.clone(), dist_reduce_fx="sum")
+        self.add_state("num_samples", pairs[0].clone(), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "sample head weight"]],
+        tasks: Sequence[str] | Int[Tensor, "sample"],
+        fisher: Float[Tensor, "head weight"],
+        *,
+        layer: int,
+        block: Block,
+        first_head: int = 0,
+    ) -> None:
+        """Add one projection, or some heads of it.
+
+        Args:
+            gradients: Per-sample gradients; or chunks of samples, in an iterable that can be read twice.
+            tasks: Task of each sample, by name or by index into ``tasks`` (-1 leaves a sample out).
+            fisher: Fisher pooled over tasks, on the same weights.
+            layer: Layer of the projection.
+            block: Block of the projection.
+            first_head: Head that the first row of ``gradients`` belongs to.
+
+        Raises:
+            ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
+        """
+        indices = tasks if isinstance(tasks, Tensor) else self._indices(tasks)
+        chunks = [gradients] if isinstance(gradients, Tensor) else gradients
+        heads = slice(first_head, first_head + fisher.shape[0])
+        num_layers, num_heads = self.num_samples.shape[1:3]
+        if not 0 <= layer < num_layers or heads.stop > num_heads:
+            raise ValueError(
+                f"layer {layer}, heads {heads.start} to {heads.stop - 1}: the metric was made for "
+                f"{num_layers} layers and {num_heads} heads."
+            )
+        statistics = slice_statistics(chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping)
+        if statistics.membership.shape[1] != int((indices >= 0).sum()):
+            raise ValueError(f"{len(indices)} tasks do not fit the gradients, expected one per sample.")
+        cell = (..., layer, heads, BLOCKS.index(block))
+        count = statistics.count
+        enough = count >= MIN_SAMPLES
+        num_pairs = count[:, None] * (count[None, :] - torch.eye(len(count)).to(count))
+        num_pairs = torch.where(enough[:, None] & enough[None, :], num_pairs, 0).unsqueeze(-1)
+        for score, function in SCORES.items():
+            estimate = function(statistics)
+            # A NaN without pairs is "no data yet"; any other NaN (0 / 0) stays one.
+            value = torch.where(num_pairs > 0, estimate.value * num_pairs, 0)
+            variance = torch.where(num_pairs > 0, estimate.variance * num_pairs.square(), 0)
+            getattr(self, f"{score}_sum")[cell] += value.to(self.num_pairs)
+            getattr(self, f"{score}_variance_sum")[cell] += variance.to(self.num_pairs)
+        self.num_pairs[cell] += num_pairs.to(self.num_pairs)
+        self.num_samples[cell] += count[:, None].to(self.num_samples)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scores of all cells.
+
+        Returns:
+            For each score its value and its ``<score>_standard_error``, of shape
+            ``[task_a, task_b, layer, head, block]``, NaN where there is no data; and ``num_samples`` of
+            shape ``[task, layer, head, block]``.
+        """
+        result = {}
+        for score in SCORES:
+            result[score] = getattr(self, f"{score}_sum") / self.num_pairs
+            result[f"{score}_standard_error"] = getattr(self, f"{score}_variance_sum").sqrt() / self.num_pairs
+        result["num_samples"] = self.num_samples
+        return result
+
+    def _indices(self, tasks: Sequence[str]) -> Tensor:
+        unknown = sorted(set(tasks) - set(self.tasks))
+        if unknown:
+            raise ValueError(
+                f"Unknown task {', '.join(map(repr, unknown))}: the metric was made for {', '.join(self.tasks)}."
+            )
+        return torch.tensor([self.tasks.index(task) for task in tasks], dtype=torch.int64)

@@ -1,0 +1,414 @@
+"""The Lightning callback: when to capture, measure and show, never what."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import tempfile
+import uuid
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from qkov_lightning.architectures import find_projections
+from qkov_lightning.cache import CacheError, GradientCache, adopt_directory
+from qkov_lightning.capture import GradientCapture, LossReduction
+from qkov_lightning.figures import heatmap_figure, render, save_image
+from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair, safe_name
+from qkov_lightning.loggers import send
+from qkov_lightning.measurement import measure_interference
+from qkov_lightning.projections import Projection
+from qkov_lightning.samples import Labels, read_labels
+from qkov_lightning.terminal import epoch_table, print_beside_bar
+
+
+class InterferenceMonitor(Callback):
+    """Shows where in a transformer the tasks of a training run interfere.
+
+    Captures per-sample gradients of the attention projections from ordinary backward passes, and at each
+    validation epoch (at each training epoch without validation) computes the interference of every ordered
+    pair of tasks in every layer, head and block. Training itself is bit-identical with and without it.
+
+    The result goes to ``heatmap``, to scalars (``interference/<a>__<b>/max``, ...), to figures in the
+    loggers, to the terminal beside the progress bar, and to ``<run>/interference/latest.json``.
+
+    Args:
+        task_of: Batch key (or attribute), or function of the batch, that gives the task of each sample: strings
+            or ints, one per sample or one for the whole batch. Not needed where forward passes run inside
+            ``with qkov_lightning.task(...)``.
+        sample_id_of: The same for sample identifiers. Samples are numbered per task without them.
+        loss_reduction: How the training loss joins its samples: "mean" over samples, "token_mean" over all
+            target tokens of the batch, or "sum".
+        num_target_tokens_of: Like ``task_of``, for the target tokens of each sample; only "token_mean" needs it.
+        every_n_steps: Capture every n-th training batch.
+        max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
+        max_cache_gb: Disk for the cache, in GiB, over all processes.
+        cache_dir: Where the cache goes; beside the other results by default. All processes must see it.
+        fisher_decay: Decay of the Fisher's EMA per captured step.
+        damping: Added to the Fisher, relative to its mean over a slice.
+        num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
+        projections: Head map; found by ``find_projections`` by default.
+        name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[InterferenceMonitor()], logger=False)
+    """
+
+    def __init__(
+        self,
+        task_of: str | Callable[[Any], Any] = "task",
+        sample_id_of: str | Callable[[Any], Any] = "sample_id",
+        loss_reduction: LossReduction = "mean",
+        num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
+        every_n_steps: int = 10,
+        max_samples_per_task: int = 128,
+        max_cache_gb: float = 10.0,
+        cache_dir: str | Path | None = None,
+        fisher_decay: float = 0.95,
+        damping: float = 1e-3,
+        num_hot_cells: int = 10,
+        projections: Sequence[Projection] | None = None,
+        name: str = "interference",
+    ) -> None:
+        _check("loss_reduction", loss_reduction, loss_reduction in {"mean", "token_mean", "sum"}, "mean, token_mean or sum")
+        _check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
+        _check("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2")
+        _check("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number")
+        _check("fisher_decay", fisher_decay, 0 <= fisher_decay < 1, "at least 0 and less than 1")
+        _check("damping", damping, damping > 0, "a positive number")
+        _check("num_hot_cells", num_hot_cells, num_hot_cells >= 0, "at least 0")
+        self.task_of = task_of
+        self.sample_id_of = sample_id_of
+        self.loss_reduction: LossReduction = loss_reduction
+        self.num_target_tokens_of = num_target_tokens_of
+        self.every_n_steps = every_n_steps
+        self.max_samples_per_task = max_samples_per_task
+        self.max_cache_gb = max_cache_gb
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.fisher_decay = fisher_decay
+        self.damping = damping
+        self.num_hot_cells = num_hot_cells
+        self.projections = projections
+        self.name = name
+        self.heatmap: InterferenceHeatmap | None = None
+        self._capture: GradientCapture | None = None
+        self._cache: GradientCache | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._results: Path | None = None
+        self._run_id = ""
+        self._restored: dict[str, Any] | None = None
+        self._switched_off = False
+        self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
+        self._fisher_step = 0
+        self._checkpointed: list[tuple[int, int]] = []
+
+    @property
+    def state_key(self) -> str:
+        """Two monitors in one Trainer are told apart by name."""
+        return self._generate_state_key(name=self.name)
+
+    # When to capture
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the heads and install the taps, before anything is compiled."""
+        self._projections = list(self.projections or find_projections(pl_module))
+        self._capture = GradientCapture(
+            pl_module, self._projections, self.loss_reduction, trainer.global_rank, trainer.world_size
+        )
+        self._capture.install()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the cache, of a new run or of the one that a checkpoint belongs to."""
+        self._switched_off = False
+        try:
+            self._open(trainer)
+        except CacheError as error:
+            self._switch_off(error)
+        self._agree(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Watch every n-th batch."""
+        if self._capture and not self._switched_off and self._counters["batches"] % self.every_n_steps == 0:
+            self._capture.start()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Note what the loss was multiplied with."""
+        if self._capture and self._capture.active:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
+            accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._capture.scale = accumulated / loss_scale
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
+    ) -> None:
+        """Write what was captured."""
+        step = self._counters["batches"]
+        self._counters["batches"] += 1
+        if not (self._capture and self._capture.active):
+            return
+        if outputs is None:  # training_step skipped the batch
+            self._capture.discard()
+            return
+        captured = self._capture.finish(lambda: self._labels(batch))
+        if not all(one.is_finite for one in captured):
+            self._counters["non_finite_steps"] += 1
+            return
+        try:
+            if self._cache and captured:
+                self._cache.append(step, captured)
+                self._counters["captured_steps"] += 1
+        except CacheError as error:
+            self._switch_off(error)
+
+    def _labels(self, batch: Any) -> Labels:  # noqa: ANN401
+        return read_labels(batch, self.task_of, self.sample_id_of, self.num_target_tokens_of)
+
+    # When to measure
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, except in the sanity check and outside of ``fit``."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._measure(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure where there is no validation."""
+        if not trainer.enable_validation:
+            self._measure(trainer, pl_module)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._agree(trainer)
+        if self._cache is None:
+            return
+        trainer.strategy.barrier("qkov_measure")
+        step = self._counters["batches"]
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                heatmap = measure_interference(
+                    self._cache,
+                    self._projections,
+                    pl_module,
+                    fisher_directory=self._fisher_directory(step),
+                    previous_fisher=self._fisher_directory(self._fisher_step),
+                    folded_until=self._fisher_step,
+                    fisher_decay=self.fisher_decay,
+                    damping=self.damping,
+                    num_hot_cells=self.num_hot_cells,
+                    device=pl_module.device,
+                    rank=trainer.global_rank,
+                    world_size=trainer.world_size,
+                    gather=lambda pairs: _gather(pairs, trainer),
+                    step=trainer.global_step,
+                    epoch=trainer.current_epoch,
+                    notes=dict(self._counters),
+                )
+        except CacheError as error:
+            self._switch_off(error)
+            return
+        self._fisher_step = step
+        self._prune_fishers(trainer)
+        if heatmap is not None:
+            self.heatmap = heatmap
+            self._publish(trainer, pl_module, heatmap)
+
+    # Where it shows
+
+    def _publish(self, trainer: Trainer, pl_module: LightningModule, heatmap: InterferenceHeatmap) -> None:
+        scalars = {f"{self.name}/{key}": value for key, value in _scalars(heatmap).items() if math.isfinite(value)}
+        pl_module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1)
+        if not trainer.is_global_zero or self._results is None:
+            return
+        images = {
+            (a, b, score): render(heatmap_figure(heatmap, a, b, score))
+            for a, b in heatmap.task_pairs
+            for score in heatmap.scores
+        }
+        try:
+            heatmap.save(self._results / "snapshots" / f"step_{heatmap.step:08d}.json")
+            heatmap.save(self._results / "latest.json")
+            for (a, b, score), image in images.items():
+                save_image(image, self._results / "figures" / f"{score}_{safe_name(a)}__{safe_name(b)}.png")
+        except OSError as error:
+            warnings.warn(f"The interference heatmap could not be written: {error}", stacklevel=2)
+        # The step that Lightning gives to validation metrics, so that figures stand beside them.
+        send(trainer.loggers, heatmap, images, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        print_beside_bar(trainer.progress_bar_callback, epoch_table(heatmap))
+
+    @property
+    def results(self) -> Path | None:
+        """Folder of ``latest.json``, ``snapshots/`` and ``figures/``, once training has started."""
+        return self._results
+
+    # What outlives a run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and where the cache is."""
+        return {
+            **self._counters,
+            "run_id": self._run_id,
+            "cache": str(self._cache.directory) if self._cache else "",
+            "fisher_step": self._fisher_step,
+            "numbering": dict(self._capture.numbering) if self._capture else {},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the state until training starts; the cache is opened then."""
+        self._restored = dict(state_dict)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what a restart from this checkpoint needs."""
+        if self._cache and not self._switched_off:
+            try:
+                self._checkpointed = [*self._checkpointed, (self._counters["batches"], self._fisher_step)][-2:]
+                self._cache.note_checkpoint(self._counters["batches"])
+            except CacheError as error:
+                self._switch_off(error)
+
+    def _open(self, trainer: Trainer) -> None:
+        """Open the cache of this run: a new one, or that of the checkpoint.
+
+        Raises:
+            CacheError: If a directory cannot be written.
+            ValueError: If the processes do not share the cache directory.
+        """
+        state, self._restored = self._restored, None
+        if state is None and self._cache is not None and trainer.global_step > 0:
+            return  # `fit` called again: go on
+        self._run_id = trainer.strategy.broadcast(state["run_id"] if state else uuid.uuid4().hex[:8])
+        self._results = Path(trainer.strategy.broadcast(str(self._results_directory(trainer))))
+        directory = (self.cache_dir or self._results / "cache") / self._run_id
+        self._cache = GradientCache(
+            directory,
+            rank=trainer.global_rank,
+            world_size=trainer.world_size,
+            max_samples_per_task=self.max_samples_per_task,
+            max_bytes=int(self.max_cache_gb * 2**30),
+        )
+        self._counters = dict.fromkeys(self._counters, 0)
+        self._fisher_step = 0
+        if state:
+            self._resume(state, self._cache, trainer.is_global_zero)
+        self._checkpointed = [(self._counters["batches"], self._fisher_step)]
+        self._check_shared(trainer, directory)
+
+    def _resume(self, state: dict[str, Any], cache: GradientCache, is_global_zero: bool) -> None:
+        self._counters = {key: int(state[key]) for key in self._counters}
+        if self._capture:
+            self._capture.numbering.update(state["numbering"])
+        old, step, fisher_step = Path(state["cache"]), self._counters["batches"], int(state["fisher_step"])
+        if old != cache.directory and old.is_dir():
+            cache.adopt(old, before=step)
+            if is_global_zero:
+                adopt_directory(self._fisher_directory(fisher_step, old), self._fisher_directory(fisher_step))
+        elif not old.is_dir():
+            warnings.warn(
+                f"The gradient cache of the checkpoint, {old}, is gone: the next heatmap rests on new samples only.",
+                stacklevel=2,
+            )
+        cache.restart_at(step)
+        self._fisher_step = fisher_step
+
+    def _fisher_directory(self, step: int, cache: Path | None = None) -> Path:
+        if cache is None:
+            cache = self._cache.directory if self._cache else Path()
+        return cache / f"fisher-{step:010d}"
+
+    def _prune_fishers(self, trainer: Trainer) -> None:
+        if trainer.is_global_zero and self._cache:
+            steps = {self._fisher_step, *(fisher_step for _, fisher_step in self._checkpointed)}
+            needed = {self._fisher_directory(step) for step in steps}
+            for directory in set(self._cache.directory.glob("fisher-*")) - needed:
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def _results_directory(self, trainer: Trainer) -> Path:
+        if trainer.fast_dev_run:
+            self._temporary = tempfile.TemporaryDirectory(prefix="qkov-")
+            return Path(self._temporary.name)
+        if not trainer.loggers:
+            return Path(trainer.default_root_dir) / self.name
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / self.name
+
+    def _check_shared(self, trainer: Trainer, directory: Path) -> None:
+        """Every process must see what the first one writes."""
+        marker = directory / "shared"
+        if trainer.is_global_zero:
+            marker.touch()
+        trainer.strategy.barrier("qkov_open")
+        if not marker.exists():
+            raise ValueError(
+                f"Process {trainer.global_rank} does not see the cache directory {directory} of process 0. Give a "
+                "`cache_dir` on a file system that all processes share."
+            )
+
+    # When it goes wrong, and when it ends
+
+    def _switch_off(self, error: CacheError) -> None:
+        self._switched_off = True
+        if self._capture:
+            self._capture.remove()
+        warnings.warn(f"The interference monitor switched itself off; training goes on. {error}", stacklevel=3)
+
+    def _agree(self, trainer: Trainer) -> None:
+        """Either all processes measure or none: a measurement waits for all of them."""
+        if not trainer.strategy.reduce_boolean_decision(not self._switched_off, all=True):
+            self._cache = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the model as it was found."""
+        self._clean_up()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave the model as it was found."""
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        if self._capture:
+            self._capture.remove()
+        if self._temporary:
+            self._temporary.cleanup()
+            self._temporary, self._cache, self._results = None, None, None
+
+
+def _check(name: str, value: object, valid: bool, expected: str) -> None:
+    if not valid:
+        raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
+
+
+def _gather(pairs: list[SamplePair], trainer: Trainer) -> list[SamplePair]:
+    """The sample pairs of all processes."""
+    if trainer.world_size == 1:
+        return pairs
+    everyone: list[list[SamplePair]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(everyone, pairs)
+    return [pair for one in everyone for pair in one]
+
+
+def _scalars(heatmap: InterferenceHeatmap) -> dict[str, float]:
+    """A handful of numbers per task pair, and one over all pairs, to stop or checkpoint on."""
+    result: dict[str, float] = {}
+    for a, b in heatmap.task_pairs:
+        key = f"{safe_name(a)}__{safe_name(b)}"
+        for name, score, reduce in (
+            ("max", "interference", _largest),
+            ("mean", "interference", torch.nanmean),
+            ("relative_max", "relative", _largest),
+            ("cosine_min", "cosine", lambda values: -_largest(-values)),
+        ):
+            result[f"{key}/{name}"] = float(reduce(heatmap.values(a, b, score)))
+    result["max"] = max((value for key, value in result.items() if key.endswith("/max")), default=math.nan)
+    return result
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    return values.nan_to_num(nan=-math.inf).max()

@@ -1,0 +1,187 @@
+"""Which task a sample belongs to, and how to find the sample again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one forward pass, in batch order.
+
+    Attributes:
+        tasks: Task of each sample.
+        ids: Identifier of each sample.
+        num_target_tokens: Tokens that each sample adds to a token-mean loss, if that is known.
+    """
+
+    tasks: tuple[str, ...]
+    ids: tuple[str, ...]
+    num_target_tokens: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """What is known about the samples of a forward pass before their number is.
+
+    Attributes:
+        tasks: One task for all samples, or one for each.
+        ids: Identifier of each sample; running numbers per task without them.
+        num_target_tokens: Tokens that each sample adds to a token-mean loss.
+    """
+
+    tasks: str | tuple[str, ...]
+    ids: tuple[str, ...] | None = None
+    num_target_tokens: tuple[int, ...] | None = None
+
+    @property
+    def num_samples(self) -> int | None:
+        """Number of samples, where the labels settle it."""
+        if not isinstance(self.tasks, str):
+            return len(self.tasks)
+        return None if self.ids is None else len(self.ids)
+
+    def resolve(self, num_samples: int, numbering: Counter[str], rank: int = 0, world_size: int = 1) -> Samples:
+        """The samples of a forward pass over ``num_samples`` inputs.
+
+        Args:
+            num_samples: First dimension of the model's activations.
+            numbering: Samples seen so far per task; counts on where there are no identifiers.
+            rank: This process; processes number their samples alternately.
+            world_size: Number of processes.
+
+        Returns:
+            One task and one identifier per sample.
+
+        Raises:
+            ValueError: If there are not exactly ``num_samples`` labels of each kind.
+        """
+        tasks = (self.tasks,) * num_samples if isinstance(self.tasks, str) else self.tasks
+        for what, values in (("tasks", tasks), ("sample ids", self.ids), ("target token counts", self.num_target_tokens)):
+            if values is not None and len(values) != num_samples:
+                raise ValueError(
+                    f"{len(values)} {what} for a batch of {num_samples} samples, expected one per sample"
+                    + (", or one value for the whole batch." if what == "tasks" else ".")
+                )
+        ids = self.ids
+        if ids is None:
+            numbered = []
+            for name in tasks:
+                numbered.append(f"#{numbering[name] * world_size + rank}")
+                numbering[name] += 1
+            ids = tuple(numbered)
+        return Samples(tasks, ids, self.num_target_tokens)
+
+
+_current: ContextVar[Labels | None] = ContextVar("qkov_task", default=None)
+
+
+@contextmanager
+def task(tasks: object, *, sample_ids: object = None, num_target_tokens: object = None) -> Iterator[None]:
+    """Say which task the samples of a forward pass belong to, where the batch cannot say it.
+
+    For modules that run one forward per task, and for training loops without a Trainer::
+
+        def training_step(self, batch, batch_idx):
+            with task("math"):
+                loss = self.loss(batch["math"])
+            with task("code"):
+                loss = loss + self.loss(batch["code"])
+            return loss
+
+    Args:
+        tasks: One task (string or int) for all samples of the forward, or one per sample.
+        sample_ids: Identifiers, one per sample; running numbers per task without them.
+        num_target_tokens: Target tokens of each sample, for ``loss_reduction="token_mean"``.
+
+    Raises:
+        ValueError: If a task is neither a string nor an int.
+    """
+    token = _current.set(label_samples(tasks, sample_ids, num_target_tokens))
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def current_labels() -> Labels | None:
+    """Labels given by the ``with task(...)`` that surrounds the caller, if one does."""
+    return _current.get()
+
+
+def label_samples(tasks: object, sample_ids: object = None, num_target_tokens: object = None) -> Labels:
+    """Labels from strings, ints, sequences or tensors of them.
+
+    Raises:
+        ValueError: If a task is neither a string nor an int.
+    """
+    listed = _as_list(tasks)
+    names = _task_name(listed) if not isinstance(listed, list) else tuple(_task_name(name) for name in listed)
+    return Labels(
+        tasks=names,
+        ids=None if sample_ids is None else tuple(str(value) for value in _as_sequence(sample_ids)),
+        num_target_tokens=None
+        if num_target_tokens is None
+        else tuple(int(value) for value in _as_sequence(num_target_tokens)),
+    )
+
+
+def read_labels(
+    batch: object,
+    task_of: str | Callable[[Any], Any],
+    sample_id_of: str | Callable[[Any], Any],
+    num_target_tokens_of: str | Callable[[Any], Any],
+) -> Labels:
+    """Labels of a batch, each from a batch key (or attribute) or from a function of the batch.
+
+    Raises:
+        ValueError: If the batch does not say which task its samples belong to.
+    """
+    tasks = _entry(batch, task_of)
+    if tasks is None:
+        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+        raise ValueError(
+            f"The batch does not say which task its samples belong to: expected `batch[{task_of!r}]`, found {found}. "
+            "Add that entry to the batch (strings or ints, one per sample or one for all), pass "
+            "`task_of=<key or function of the batch>`, or wrap each forward pass in `with qkov_lightning.task(...)`."
+        )
+    return label_samples(tasks, _entry(batch, sample_id_of), _entry(batch, num_target_tokens_of))
+
+
+def _entry(batch: object, source: str | Callable[[Any], Any]) -> object:
+    if callable(source):
+        return source(batch)
+    if isinstance(batch, Mapping):
+        return batch.get(source)
+    return getattr(batch, source, None)
+
+
+def _as_list(values: object) -> object:
+    if isinstance(values, Tensor) or hasattr(values, "tolist"):  # numpy arrays too
+        return values.tolist()  # type: ignore[union-attr]
+    if isinstance(values, Sequence) and not isinstance(values, str):
+        return [_as_list(value) for value in values]
+    return values
+
+
+def _as_sequence(values: object) -> Sequence[Any]:
+    listed = _as_list(values)
+    return listed if isinstance(listed, list) else [listed]
+
+
+def _task_name(value: object) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise ValueError(f"A task is {value!r} ({type(value).__name__}), expected a string or an int.")

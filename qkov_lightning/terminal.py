@@ -1,0 +1,137 @@
+"""A heatmap in the terminal, with Rich."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from matplotlib import colormaps
+from rich.columns import Columns
+from rich.console import Console, Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from qkov_lightning.figures import Scale, score_scale
+from qkov_lightning.heatmap import Cell, InterferenceHeatmap
+from qkov_lightning.projections import BLOCKS, Block
+
+SHADES = " ░▒▓█"
+
+
+def heatmap_panel(heatmap: InterferenceHeatmap, a: str, b: str, score: str = "interference") -> Panel:
+    """The four blocks of a task pair, layers down, heads across; shades tell the values without colour too."""
+    scale = score_scale(heatmap, score)
+    blocks = [_block(heatmap, a, b, score, block, scale) for block in BLOCKS]
+    samples = heatmap.samples_per_task
+    title = f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}, {scale.low:.3g} to {scale.high:.3g}"
+    subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {_plain(a)} {samples[a]}, {_plain(b)} {samples[b]}"
+    return Panel(Columns(blocks, padding=(0, 3)), title=title, subtitle=subtitle, title_align="left", expand=False)
+
+
+def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 10) -> Table:
+    """The cells of a task pair with the highest interference, with all scores and their standard errors."""
+    table = Table(title=f"Hottest cells: {_plain(b)} pushes on {_plain(a)}", title_justify="left", title_style="bold")
+    table.add_column("cell")
+    table.add_column("layer", overflow="fold")
+    for score in heatmap.scores:
+        table.add_column(score, justify="right")
+    for cell in heatmap.cells(a, b)[:top]:
+        table.add_row(cell.name, cell.layer_name, *(value for value in _with_errors(heatmap, cell)))
+    return table
+
+
+def pair_lines(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 3) -> Text:
+    """The strongest sample pairs of a task pair, in words."""
+    pairs = [pair for pair in heatmap.pairs if (pair.task_a, pair.task_b) == (a, b)][:top]
+    return Text("\n".join(str(pair) for pair in pairs))
+
+
+def overview(heatmap: InterferenceHeatmap, top: int = 10) -> Group:
+    """Every pair of different tasks: heatmap, hottest cells, sample pairs."""
+    parts: list[RenderableType] = []
+    for a, b in heatmap.task_pairs:
+        parts += [heatmap_panel(heatmap, a, b), hottest_table(heatmap, a, b, top), pair_lines(heatmap, a, b), ""]
+    return Group(*parts)
+
+
+def epoch_table(heatmap: InterferenceHeatmap) -> Table:
+    """A line per task pair: what to look at after a validation epoch."""
+    table = Table(title=f"Interference, epoch {heatmap.epoch}, step {heatmap.step}", title_justify="left", title_style="bold")
+    for column in ("pushes", "on", "hottest cell"):
+        table.add_column(column)
+    for score in heatmap.scores:
+        table.add_column(score, justify="right")
+    for a, b in heatmap.task_pairs:
+        cells = heatmap.cells(a, b)
+        if not cells:
+            counts = heatmap.samples_per_task
+            table.add_row(_plain(b), _plain(a), f"no data ({counts[b]} and {counts[a]} samples)")
+            continue
+        table.add_row(_plain(b), _plain(a), cells[0].name, *_with_errors(heatmap, cells[0]))
+    return table
+
+
+def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 10) -> str:
+    """``hottest_table`` in Markdown."""
+    header = ["cell", "layer", *heatmap.scores]
+    rows = [[c.name, f"`{c.layer_name}`", *_with_errors(heatmap, c)] for c in heatmap.cells(a, b)[:top]]
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _with_errors(heatmap: InterferenceHeatmap, cell: Cell) -> Iterator[str]:
+    for score in heatmap.scores:
+        at = (cell.layer, cell.head, BLOCKS.index(cell.block))
+        value = float(heatmap.values(cell.task_a, cell.task_b, score)[at])
+        error = float(heatmap.errors(cell.task_a, cell.task_b, score)[at])
+        yield "no data" if math.isnan(value) else f"{value:.3g} ± {error:.1g}"
+
+
+def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Block, scale: Scale) -> Text:
+    values = heatmap.values(a, b, score)[:, :, BLOCKS.index(block)]
+    heads = max([1, *(layer.blocks[block].num_heads for layer in heatmap.layers if block in layer.blocks)])
+    text = Text(f"   {block}\n", style="bold")
+    for index, layer in enumerate(heatmap.layers):
+        text.append(f"{index:>2} ", style="not bold dim")
+        for head in range(heads):
+            info = layer.blocks.get(block)
+            if info is None or head >= info.num_heads:
+                text.append("  ")
+            elif info.status == "frozen":
+                text.append("--", style="not bold dim")
+            else:
+                text.append(*_shade(float(values[index, head]), scale))
+        text.append("\n")
+    text.rstrip()
+    return text
+
+
+def _shade(value: float, scale: Scale) -> tuple[str, str]:
+    if math.isnan(value):
+        return "··", "not bold dim"
+    share = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low or 1.0)))
+    red, green, blue, _ = (round(255 * part) for part in colormaps[scale.colormap](share))
+    return SHADES[min(4, int(share * 5))] * 2, f"rgb({red},{green},{blue}) on grey11"
+
+
+def _plain(name: str) -> str:
+    """A task name that can neither break the line nor be taken for markup."""
+    shown = "".join(c if c.isprintable() else "�" for c in name)
+    return shown.replace("[", "\\[")
+
+
+def print_beside_bar(bar: Any, renderable: RenderableType) -> None:  # noqa: ANN401
+    """Print above the trainer's progress bar; nothing where the user switched the bar off."""
+    if bar is None or not bar.is_enabled:
+        return
+    progress = getattr(bar, "progress", None)
+    if progress is not None:  # RichProgressBar
+        progress.print(renderable)
+        return
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    with console.capture() as captured:
+        console.print(renderable)
+    bar.print(captured.get().rstrip())
