@@ -81,7 +81,9 @@ def math() -> dict[str, str]:
         lines = []
         for _ in range(150):
             a, b = generator.randrange(100), generator.randrange(100)
-            lines.append(generator.choice([f"{a} + {b} = {a + b}", f"{a} - {b} = {a - b}", f"{a} * {b} = {a * b}"]))
+            lines.append(
+                generator.choice([f"{a} + {b} = {a + b}", f"{a} - {b} = {a - b}", f"{a} * {b} = {a * b}"])
+            )
         texts[f"arithmetic/{part}"] = "\n".join(lines)
     return texts
 
@@ -109,7 +111,9 @@ class Windows(Dataset):
 class TextTasks(LightningDataModule):
     """Batches that mix the three tasks."""
 
-    def __init__(self, num_train: int = 16_000, num_validation: int = 480, batch_size: int = 16, context: int = 128) -> None:
+    def __init__(
+        self, num_train: int = 7200, num_validation: int = 240, batch_size: int = 12, context: int = 96
+    ) -> None:
         super().__init__()
         self.num_train, self.num_validation = num_train, num_validation
         self.batch_size, self.context = batch_size, context

@@ -22,7 +22,9 @@ from qkov_lightning.terminal import overview
 class ByteLanguageModel(LightningModule):
     """Next-byte prediction. Nothing here knows about the monitor."""
 
-    def __init__(self, width: int = 128, num_heads: int = 4, num_layers: int = 4, learning_rate: float = 2e-3) -> None:
+    def __init__(
+        self, width: int = 128, num_heads: int = 4, num_layers: int = 4, learning_rate: float = 2e-3
+    ) -> None:
         super().__init__()
         self.decoder = ByteDecoder(width, num_heads, num_layers)
         self.learning_rate = learning_rate
@@ -33,11 +35,11 @@ class ByteLanguageModel(LightningModule):
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         loss = self.loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(batch["bytes"]))
         return loss
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch), prog_bar=True)
+        self.log("val_loss", self.loss(batch), prog_bar=True, batch_size=len(batch["bytes"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), self.learning_rate)
@@ -54,13 +56,17 @@ def main() -> None:
         logger=TensorBoardLogger("runs", name="demo"),
         callbacks=[monitor, RichProgressBar()],
         enable_model_summary=False,
-        limit_train_batches=250,
+        limit_train_batches=150,
     )
     trainer.fit(ByteLanguageModel(), TextTasks())
 
     console = Console()
     console.print(overview(monitor.heatmap))
-    results = monitor.results.relative_to(Path.cwd()) if monitor.results.is_relative_to(Path.cwd()) else monitor.results
+    results = (
+        monitor.results.relative_to(Path.cwd())
+        if monitor.results.is_relative_to(Path.cwd())
+        else monitor.results
+    )
     for what, path in {
         "heatmap (JSON)": results / "latest.json",
         "every epoch": results / "snapshots",
@@ -68,7 +74,11 @@ def main() -> None:
         "TensorBoard": Path(trainer.logger.log_dir),
     }.items():
         console.print(f"{what:<16} {path}", soft_wrap=True, highlight=False)
-    console.print(f"\nOpen it with:    .venv/bin/tensorboard --logdir {trainer.logger.save_dir}", soft_wrap=True, highlight=False)
+    console.print(
+        f"\nOpen it with:    .venv/bin/tensorboard --logdir {trainer.logger.save_dir}",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,19 @@ SEPARATE = (
     ("query_proj", "key_proj", "value_proj"),
     ("q", "k", "v"),
 )
-OUTPUT = ("o_proj", "out_proj", "wo", "Wo", "out_lin", "output_proj", "c_proj", "dense", "proj", "o", "output.dense")
+OUTPUT = (
+    "o_proj",
+    "out_proj",
+    "wo",
+    "Wo",
+    "out_lin",
+    "output_proj",
+    "c_proj",
+    "dense",
+    "proj",
+    "o",
+    "output.dense",
+)
 
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_query_groups")
@@ -92,7 +104,11 @@ FUSED: tuple[tuple[Callable[[int, int, int], tuple[Tensor, Tensor, Tensor]], tup
 )
 """Conventions for fused projections, and who follows them: package, class and module name."""
 
-GATED_QUERY = ("transformers.Qwen3NextAttention", "transformers.Qwen3_5Attention", "transformers.Qwen3_5MoeAttention")
+GATED_QUERY = (
+    "transformers.Qwen3NextAttention",
+    "transformers.Qwen3_5Attention",
+    "transformers.Qwen3_5MoeAttention",
+)
 """Attention whose query projection holds, for each head, the query and then a gate of the same size."""
 
 _registered: dict[str, Recogniser] = {}
@@ -177,7 +193,9 @@ def find_projections(model: nn.Module) -> list[Projection]:
 
 
 def _is_inside(name: str, containers: set[str]) -> bool:
-    return any(name == container or name.startswith(f"{container}.") or not container for container in containers)
+    return any(
+        name == container or name.startswith(f"{container}.") or not container for container in containers
+    )
 
 
 def _layer(layer: int, name: str, head_map: HeadMap, model: nn.Module) -> list[Projection]:
@@ -284,7 +302,11 @@ def _fused(
 
 
 def _output(model: nn.Module, name: str, module: nn.Module) -> str:
-    """Path of the output projection: a child, or a neighbour as in BERT (`self` beside `output.dense`)."""
+    """Path of the output projection: a child, or a neighbour as in BERT (`self` beside `output.dense`).
+
+    Raises:
+        ArchitectureError: If there is none.
+    """
     for path in OUTPUT:
         if _is_linear(_child(module, path)):
             return path
@@ -296,7 +318,9 @@ def _output(model: nn.Module, name: str, module: nn.Module) -> str:
     )
 
 
-def _output_heads(model: nn.Module, name: str, module: nn.Module, output: str, heads: int, value_dim: int) -> Tensor:
+def _output_heads(
+    model: nn.Module, name: str, module: nn.Module, output: str, heads: int, value_dim: int
+) -> Tensor:
     columns = linear_sizes(model.get_submodule(_resolve(name, output)))[0]
     if columns != heads * value_dim:
         raise ArchitectureError(
@@ -356,15 +380,17 @@ def _is_linear(module: nn.Module | None) -> bool:
     if module is None:
         return False
     weight = getattr(module, "weight", None)
-    return hasattr(module, "in_features") or (isinstance(weight, Tensor) and weight.ndim == 2 and hasattr(module, "nf"))
+    return hasattr(module, "in_features") or (
+        isinstance(weight, Tensor) and weight.ndim == 2 and hasattr(module, "nf")
+    )
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """Input and output features of a linear module, whatever the layout of its weight."""
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    weight = module.weight  # Conv1D of GPT-2: inputs first
-    return int(weight.shape[0]), int(weight.shape[1])  # type: ignore[union-attr]
+    inputs, outputs = module.get_parameter("weight").shape  # Conv1D of GPT-2: inputs first
+    return inputs, outputs
 
 
 def _is_one_of(module: nn.Module, patterns: tuple[str, ...], leaf: str = "") -> bool:
@@ -378,7 +404,11 @@ def _looks_like_attention(module: nn.Module) -> bool:
 
 
 def _linear_children(module: nn.Module) -> str:
-    found = [f"`{name}` {linear_sizes(child)}" for name, child in module.named_modules() if name and _is_linear(child)]
+    found = [
+        f"`{name}` {linear_sizes(child)}"
+        for name, child in module.named_modules()
+        if name and _is_linear(child)
+    ]
     return ", ".join(found) + " (inputs, outputs)" if found else "no linear module"
 
 

@@ -49,7 +49,7 @@ class CacheRecord:
     step: int
     rank: int
     samples: Samples
-    scales: Float[Tensor, "sample"]
+    scales: Float[Tensor, sample]
     modules: dict[str, dict[str, str]]
     checksums: dict[str, int]
     num_bytes: int
@@ -136,7 +136,7 @@ class GradientCache:
             self._own.append(_open(path))
         self._evict()
 
-    def records(self) -> list[tuple[CacheRecord, Bool[Tensor, "sample"]]]:
+    def records(self) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
         """Readable records of all processes, oldest first, with a mask of the samples within the budget."""
         by_rank: dict[int, list[CacheRecord]] = {}
         for record in self._scan():
@@ -198,7 +198,7 @@ class GradientCache:
             kept.append(record)
         return kept[::-1]
 
-    def _newest(self, records: Sequence[CacheRecord]) -> list[tuple[CacheRecord, Bool[Tensor, "sample"]]]:
+    def _newest(self, records: Sequence[CacheRecord]) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
         """Records that hold some of the newest samples of a task, each sample counted once."""
         counts: Counter[str] = Counter()
         seen: set[tuple[str, str]] = set()
@@ -282,7 +282,7 @@ def _remove(record: CacheRecord) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -293,15 +293,15 @@ def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
     tensors: dict[str, Tensor] = {}
     modules: dict[str, dict[str, str]] = {}
     for group, names in enumerate(sharing.values()):
-        factors = [step.factors[name] for name in names]
-        if _dense_is_smaller(factors):
-            for name, one in zip(names, factors, strict=True):
+        members = [step.factors[name] for name in names]
+        if _dense_is_smaller(members):
+            for name, one in zip(names, members, strict=True):
                 tensors[f"gradient/{name}"] = dense_gradients(one).gradient
                 modules[name] = {"gradient": f"gradient/{name}"}
             continue
-        tensors[f"activation/{group}"] = factors[0].activation
-        tensors[f"offsets/{group}"] = factors[0].offsets
-        for name, one in zip(names, factors, strict=True):
+        tensors[f"activation/{group}"] = members[0].activation
+        tensors[f"offsets/{group}"] = members[0].offsets
+        for name, one in zip(names, members, strict=True):
             tensors[f"grad_output/{name}"] = one.grad_output
             modules[name] = {
                 "activation": f"activation/{group}",

@@ -35,7 +35,7 @@ class GradientFactors:
 
     activation: Float[Tensor, "token d_in"]
     grad_output: Float[Tensor, "token d_out"]
-    offsets: Int[Tensor, "edge"]
+    offsets: Int[Tensor, edge]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class CapturedStep:
     """
 
     samples: Samples
-    scales: Float[Tensor, "sample"]
+    scales: Float[Tensor, sample]
     factors: dict[str, GradientFactors]
 
     @property
@@ -84,14 +84,16 @@ class _Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, activation: Tensor, deliver: Callable[[Tensor, Tensor], None]) -> Tensor:  # noqa: ANN401
+    def forward(
+        ctx: Any, output: Tensor, activation: Tensor, deliver: Callable[[Tensor, Tensor], None]
+    ) -> Tensor:
         ctx.save_for_backward(activation)
         ctx.deliver = deliver
         # A clone, not a view: the model may go on to change its output in place (`q *= scale`).
         return output.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
         (activation,) = ctx.saved_tensors
         ctx.deliver(activation, grad_outputs[0])
         return grad_outputs[0], None, None
@@ -207,7 +209,9 @@ class GradientCapture:
                 calls = [call for call in self._calls if call.labels is labels and call.deliveries]
                 if labels is None:
                     if batch_labels is None:
-                        raise ValueError("The samples have no task: wrap the forward pass in `with task(...)`.")
+                        raise ValueError(
+                            "The samples have no task: wrap the forward pass in `with task(...)`."
+                        )
                     labels = batch_labels()
                 steps.append(self._collect(labels, calls))
             self._warn()
@@ -216,7 +220,9 @@ class GradientCapture:
             self._reset()
 
     def _hook(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> Tensor | None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+        ) -> Tensor | None:
             if not self._active or not is_trainable(module):
                 return None
             if not isinstance(output, Tensor):
@@ -321,7 +327,10 @@ def _has_rows(delivery: _Delivery, num_samples: int) -> bool:
 
 
 def _join(
-    deliveries: list[_Delivery], num_samples: int, common_scale: float, shared: dict[tuple[object, ...], Tensor]
+    deliveries: list[_Delivery],
+    num_samples: int,
+    common_scale: float,
+    shared: dict[tuple[object, ...], Tensor],
 ) -> GradientFactors:
     """Tokens of all calls of one module, sample by sample."""
     grads = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from jsonargparse import CLI
+from jsonargparse import auto_cli
 from rich.console import Console
 
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
@@ -32,13 +32,15 @@ def load_run(run: Path) -> InterferenceHeatmap:
         return InterferenceHeatmap.load(run)
     found = sorted(run.rglob("latest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise FileNotFoundError(f"No heatmap at {run}: expected a heatmap file, or a folder with a `latest.json` below.")
+        raise FileNotFoundError(
+            f"No heatmap at {run}: expected a heatmap file, or a folder with a `latest.json` below."
+        )
     return InterferenceHeatmap.load(found[-1])
 
 
 def main() -> None:
     """Entry point of the ``qkov`` command."""
     try:
-        CLI({"show": show}, description="See where in a transformer several tasks interfere.")
+        auto_cli({"show": show}, description="See where in a transformer several tasks interfere.")
     except (FileNotFoundError, HeatmapError) as error:
         sys.exit(f"qkov: {error}")

@@ -99,7 +99,9 @@ def check_drift(
         ValueError: If the tolerance is negative or alpha is outside (0, 1).
     """
     if tolerance < 0 or not 0 < alpha < 1:
-        raise ValueError(f"tolerance is {tolerance} and alpha {alpha}, expected tolerance >= 0 and 0 < alpha < 1.")
+        raise ValueError(
+            f"tolerance is {tolerance} and alpha {alpha}, expected tolerance >= 0 and 0 < alpha < 1."
+        )
     _check_comparable(baseline, current, scores)
     different = ~torch.eye(len(baseline.tasks), dtype=torch.bool)
     cells, p_values, deltas = [], [], []
@@ -139,15 +141,24 @@ def _adjusted(p_values: Tensor) -> Tensor:
     return adjusted
 
 
-def _check_comparable(baseline: InterferenceHeatmap, current: InterferenceHeatmap, scores: Sequence[str]) -> None:
+def _check_comparable(
+    baseline: InterferenceHeatmap, current: InterferenceHeatmap, scores: Sequence[str]
+) -> None:
     if baseline.tasks != current.tasks:
-        raise NotComparableError(f"The baseline has tasks {baseline.tasks}, the current heatmap {current.tasks}.")
-    maps = [[{b: (i.num_heads, i.query_group) for b, i in layer.blocks.items()} for layer in h.layers] for h in (baseline, current)]
+        raise NotComparableError(
+            f"The baseline has tasks {baseline.tasks}, the current heatmap {current.tasks}."
+        )
+    maps = [
+        [{b: (i.num_heads, i.query_group) for b, i in layer.blocks.items()} for layer in h.layers]
+        for h in (baseline, current)
+    ]
     if maps[0] != maps[1]:
         raise NotComparableError("The two heatmaps come from models with different layers or heads.")
     for score in scores:
         if score not in baseline.scores or score not in current.scores:
-            raise NotComparableError(f"Score {score!r} is not in both heatmaps; they have {list(current.scores)}.")
+            raise NotComparableError(
+                f"Score {score!r} is not in both heatmaps; they have {list(current.scores)}."
+            )
         lost = baseline.scores[score].isnan() != current.scores[score].isnan()
         if bool(lost.any()):
             a, b, layer, head, block = lost.nonzero()[0].tolist()

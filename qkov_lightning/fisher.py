@@ -45,7 +45,7 @@ class EmpiricalFisher:
         """Tasks that were seen."""
         return tuple(sorted(self._average))
 
-    def update(self, gradients: Float[Tensor, "sample *weight"], tasks: Sequence[str]) -> None:
+    def update(self, gradients: Float[Tensor, sample * weight], tasks: Sequence[str]) -> None:
         """Fold in the samples of one captured step.
 
         Args:
@@ -58,7 +58,9 @@ class EmpiricalFisher:
         if len(tasks) != gradients.shape[0]:
             raise ValueError(f"{len(tasks)} tasks for {gradients.shape[0]} samples, expected one per sample.")
         self.fold({
-            task: gradients[torch.tensor([name == task for name in tasks], device=gradients.device)].square().mean(dim=0)
+            task: gradients[torch.tensor([name == task for name in tasks], device=gradients.device)]
+            .square()
+            .mean(dim=0)
             for task in dict.fromkeys(tasks)
         })
 
@@ -82,7 +84,9 @@ class EmpiricalFisher:
             ValueError: If no sample of the task was seen.
         """
         if task not in self._average:
-            raise ValueError(f"No sample of task {task!r} was seen; the Fisher knows {', '.join(self.tasks) or 'none'}.")
+            raise ValueError(
+                f"No sample of task {task!r} was seen; the Fisher knows {', '.join(self.tasks) or 'none'}."
+            )
         return self._average[task] / (1 - self.decay ** self._num_steps[task])
 
     def pooled(self) -> Float[Tensor, "*weight"]:

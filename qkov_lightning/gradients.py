@@ -29,7 +29,9 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _per_sample(tokens: Float[Tensor, "token feature"], lengths: list[int]) -> Float[Tensor, "sample time feature"]:
+def _per_sample(
+    tokens: Float[Tensor, "token feature"], lengths: list[int]
+) -> Float[Tensor, "sample time feature"]:
     """Tokens of each sample, padded with zeros, which add nothing to an outer product."""
     if len(set(lengths)) == 1:
         return tokens.view(len(lengths), lengths[0], tokens.shape[-1])
@@ -37,7 +39,7 @@ def _per_sample(tokens: Float[Tensor, "token feature"], lengths: list[int]) -> F
 
 
 def _outer_products(
-    left: Float[Tensor, "token left"], right: Float[Tensor, "token right"], offsets: Int[Tensor, "edge"]
+    left: Float[Tensor, "token left"], right: Float[Tensor, "token right"], offsets: Int[Tensor, edge]
 ) -> Float[Tensor, "sample left right"]:
     lengths = offsets.diff().tolist()
     dtype = _compute_dtype(torch.promote_types(left.dtype, right.dtype))
@@ -56,7 +58,9 @@ def dense_gradients(factors: GradientFactors) -> DenseGradients:
     return DenseGradients(_outer_products(factors.grad_output, factors.activation, factors.offsets))
 
 
-def select_samples(source: GradientFactors | DenseGradients, start: int, stop: int) -> GradientFactors | DenseGradients:
+def select_samples(
+    source: GradientFactors | DenseGradients, start: int, stop: int
+) -> GradientFactors | DenseGradients:
     """The samples ``start`` to ``stop - 1``."""
     if isinstance(source, DenseGradients):
         return DenseGradients(source.gradient[start:stop])
@@ -68,7 +72,7 @@ def select_samples(source: GradientFactors | DenseGradients, start: int, stop: i
 def head_gradients(
     source: GradientFactors | DenseGradients,
     projection: Projection,
-    sample_scale: Float[Tensor, "sample"],
+    sample_scale: Float[Tensor, sample],
 ) -> Float[Tensor, "sample head weight"]:
     """Per-sample gradient of every weight that the heads own.
 

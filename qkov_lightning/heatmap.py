@@ -178,12 +178,16 @@ class InterferenceHeatmap:
     def _of(self, what: Mapping[str, Tensor], a: str, b: str, score: str) -> Tensor:
         for task in (a, b):
             if task not in self.tasks:
-                raise ValueError(f"Task {task!r} was never seen; this heatmap has {', '.join(map(repr, self.tasks))}.")
+                raise ValueError(
+                    f"Task {task!r} was never seen; this heatmap has {', '.join(map(repr, self.tasks))}."
+                )
         if score not in what:
             raise ValueError(f"Unknown score {score!r}; this heatmap has {', '.join(what)}.")
         return what[score][self.tasks.index(a), self.tasks.index(b)]
 
-    def per_query_head(self, a: str, b: str, score: str = "interference") -> Float[Tensor, "layer query_head block"]:
+    def per_query_head(
+        self, a: str, b: str, score: str = "interference"
+    ) -> Float[Tensor, "layer query_head block"]:
         """Like ``values``, with each shared K or V head repeated for the query heads that read it."""
         native = self.values(a, b, score)
         expanded = torch.full_like(native, torch.nan)
@@ -215,7 +219,8 @@ class InterferenceHeatmap:
         values = self.per_query_head(a, b, score)
         means = values.nanmean(dim=(0, 1))
         block_means = {
-            block: None if bool(means[index].isnan()) else float(means[index]) for index, block in enumerate(BLOCKS)
+            block: None if bool(means[index].isnan()) else float(means[index])
+            for index, block in enumerate(BLOCKS)
         }
         measured = {block: mean for block, mean in block_means.items() if mean is not None}
         hottest = next(iter(self.cells(a, b, score)), None)
@@ -234,7 +239,7 @@ class InterferenceHeatmap:
             "tasks_compared": [a, b],
             "num_layers": self.num_layers,
             "num_heads": self.num_heads,
-            "heatmap_shape": {block: (self.num_layers, self.num_heads) for block in BLOCKS},
+            "heatmap_shape": dict.fromkeys(BLOCKS, (self.num_layers, self.num_heads)),
         }
 
     def save(self, path: str | Path) -> None:
@@ -290,19 +295,26 @@ class InterferenceHeatmap:
         """
         try:
             data = json.loads(text)
-            if not isinstance(data, dict) or data.get("schema") != SCHEMA_VERSION:
-                found = data.get("schema") if isinstance(data, dict) else None
-                raise HeatmapError(
-                    f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
-                )
+        except ValueError as error:
+            raise HeatmapError(f"not JSON: {error}") from error
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA_VERSION:
+            raise HeatmapError(
+                f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
+            )
+        try:
             return cls(
                 tasks=tuple(data["tasks"]),
                 layers=tuple(
-                    Layer(entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()})
+                    Layer(
+                        entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()}
+                    )
                     for entry in data["layers"]
                 ),
                 scores={name: _from_nested(values) for name, values in data["scores"].items()},
-                standard_errors={name: _from_nested(values) for name, values in data["standard_errors"].items()},
+                standard_errors={
+                    name: _from_nested(values) for name, values in data["standard_errors"].items()
+                },
                 num_samples=torch.tensor(data["num_samples"], dtype=torch.float64),
                 step=int(data["step"]),
                 epoch=int(data["epoch"]),
@@ -310,9 +322,7 @@ class InterferenceHeatmap:
                 notes=data["notes"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, HeatmapError):
-                raise
-            raise HeatmapError(f"not an interference heatmap: {error}") from error
+            raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
 
 
 def safe_name(name: str) -> str:
@@ -325,10 +335,17 @@ def safe_name(name: str) -> str:
     return plain if plain == name else f"{plain}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
 
 
-def _to_nested(values: Tensor) -> Any:  # noqa: ANN401
+def printable(name: str) -> str:
+    """A task name for people: what would move the cursor or break the line is replaced."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
+    )
+
+
+def _to_nested(values: Tensor) -> Any:
     """Nested lists with null for what is not a finite number."""
 
-    def clean(item: Any) -> Any:  # noqa: ANN401
+    def clean(item: Any) -> Any:
         if isinstance(item, list):
             return [clean(entry) for entry in item]
         return item if math.isfinite(item) else None
@@ -336,8 +353,8 @@ def _to_nested(values: Tensor) -> Any:  # noqa: ANN401
     return clean(values.double().tolist())
 
 
-def _from_nested(values: Any) -> Tensor:  # noqa: ANN401
-    def fill(item: Any) -> Any:  # noqa: ANN401
+def _from_nested(values: Any) -> Tensor:
+    def fill(item: Any) -> Any:
         if isinstance(item, list):
             return [fill(entry) for entry in item]
         return math.nan if item is None else float(item)

@@ -39,16 +39,16 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class SliceStatistics:
-    """What the scores are made of: sums over weights, per sample, in float64.
+    r"""What the scores are made of: sums over weights, per sample, in float64.
 
     Attributes:
         membership: 1 where a sample belongs to a task.
-        sensitivity: :math:`\\langle u_i, \\bar v_t \\rangle` for each sample i and task t.
-        push: :math:`\\langle \\bar u_t, v_i \\rangle`.
-        self_pair: :math:`\\langle u_i, v_i \\rangle`.
-        absolute_norm: :math:`\\sum_k |g_{ik}|`.
-        alignment: :math:`\\langle g_i, \\bar g_t \\rangle`.
-        squared_norm: :math:`\\sum_k g_{ik}^2`.
+        sensitivity: :math:`\langle u_i, \bar v_t \rangle` for each sample i and task t.
+        push: :math:`\langle \bar u_t, v_i \rangle`.
+        self_pair: :math:`\langle u_i, v_i \rangle`.
+        absolute_norm: :math:`\sum_k |g_{ik}|`.
+        alignment: :math:`\langle g_i, \bar g_t \rangle`.
+        squared_norm: :math:`\sum_k g_{ik}^2`.
     """
 
     membership: Float[Tensor, "task sample"]
@@ -60,26 +60,28 @@ class SliceStatistics:
     squared_norm: Float[Tensor, "sample head"]
 
     @property
-    def count(self) -> Float[Tensor, "task"]:
+    def count(self) -> Float[Tensor, task]:
         """Samples of each task."""
         return self.membership.sum(dim=1)
 
-    def task_mean(self, per_sample: Float[Tensor, "sample *rest"]) -> Float[Tensor, "task *rest"]:
+    def task_mean(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
         """Mean over the samples of each task."""
         return torch.tensordot(self.membership, per_sample, dims=1) / _column(self.count, per_sample.ndim)
 
-    def task_variance(self, per_sample: Float[Tensor, "sample *rest"]) -> Float[Tensor, "task *rest"]:
+    def task_variance(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
         """Sampling variance of ``task_mean``: the unbiased variance over samples, divided by their number."""
         deviation = per_sample - torch.tensordot(self.membership.T, self.task_mean(per_sample), dims=1)
         squares = torch.tensordot(self.membership, deviation.square(), dims=1)
         count = _column(self.count, per_sample.ndim)
         return squares / (count * (count - 1))
 
-    def of_own_task(self, per_task: Float[Tensor, "task *rest"]) -> Float[Tensor, "sample *rest"]:
+    def of_own_task(self, per_task: Float[Tensor, task * rest]) -> Float[Tensor, sample * rest]:
         """The entry of each sample's own task."""
         return torch.tensordot(self.membership.T, per_task, dims=1)
 
-    def without_self(self, per_sample: Float[Tensor, "sample task head"]) -> Float[Tensor, "sample task head"]:
+    def without_self(
+        self, per_sample: Float[Tensor, "sample task head"]
+    ) -> Float[Tensor, "sample task head"]:
         """Marginals with the pair (i, i) taken out of the mean over the sample's own task."""
         own = self.membership.T.unsqueeze(-1).bool()
         count = self.of_own_task(self.count)[:, None, None]
@@ -192,7 +194,7 @@ def damped(fisher: Float[Tensor, "head weight"], damping: float) -> Float[Tensor
 
 def slice_statistics(
     chunks: Iterable[Float[Tensor, "sample head weight"]],
-    task_indices: Int[Tensor, "sample"],
+    task_indices: Int[Tensor, sample],
     num_tasks: int,
     fisher: Float[Tensor, "head weight"],
     damping: float,
@@ -255,7 +257,7 @@ def _inner(samples: Tensor, vectors: Tensor) -> Tensor:
 def sample_pairs(
     gradients_a: Float[Tensor, "sample_a weight"],
     gradients_b: Float[Tensor, "sample_b weight"],
-    fisher: Float[Tensor, "weight"],
+    fisher: Float[Tensor, weight],
     damping: float = 1e-3,
 ) -> Float[Tensor, "sample_a sample_b"]:
     r""":math:`M_{ij}` of every pair of samples in one slice: one matrix product."""
@@ -268,7 +270,7 @@ def head_interference(
     tasks: Sequence[str],
     fisher: Float[Tensor, "head weight"],
     damping: float = 1e-3,
-) -> dict[tuple[str, str], dict[str, Float[Tensor, "head"]]]:
+) -> dict[tuple[str, str], dict[str, Float[Tensor, head]]]:
     """All scores of one projection's heads, for every ordered pair of tasks.
 
     The functional twin of :class:`~qkov_lightning.HeadInterference`.
@@ -313,6 +315,10 @@ def check_inputs(gradients: Tensor, tasks: Sequence[str], damping: float) -> Non
         ValueError: If there is not one task per sample, or the damping is not positive.
     """
     if len(tasks) != gradients.shape[0]:
-        raise ValueError(f"{len(tasks)} tasks for gradients of {gradients.shape[0]} samples, expected one per sample.")
+        raise ValueError(
+            f"{len(tasks)} tasks for gradients of {gradients.shape[0]} samples, expected one per sample."
+        )
     if not damping > 0:
-        raise ValueError(f"damping is {damping}, expected a positive number: a weight with zero Fisher divides by it.")
+        raise ValueError(
+            f"damping is {damping}, expected a positive number: a weight with zero Fisher divides by it."
+        )

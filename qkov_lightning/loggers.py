@@ -17,9 +17,11 @@ Images = dict[tuple[str, str, str], np.ndarray]
 Sender = Callable[[Any, InterferenceHeatmap, Images, int], None]
 
 
-def _tensorboard(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:  # noqa: ANN401
+def _tensorboard(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:
     for (a, b, score), image in images.items():
-        logger.experiment.add_image(f"interference_{score}/{safe_name(a)}__{safe_name(b)}", image, step, dataformats="HWC")
+        logger.experiment.add_image(
+            f"interference_{score}/{safe_name(a)}__{safe_name(b)}", image, step, dataformats="HWC"
+        )
     for a, b in heatmap.task_pairs:
         text = f"**{b} pushes on {a}** (epoch {heatmap.epoch}, step {heatmap.step})\n\n{markdown_table(heatmap, a, b)}"
         logger.experiment.add_text(f"hottest_cells/{safe_name(a)}__{safe_name(b)}", text, step)
@@ -42,12 +44,14 @@ def send(loggers: Iterable[Any], heatmap: InterferenceHeatmap, images: Images, s
         UserWarning: If a logger fails; training goes on.
     """
     for logger in loggers:
-        sender = next((_SENDERS[cls.__name__] for cls in type(logger).__mro__ if cls.__name__ in _SENDERS), None)
+        sender = next(
+            (_SENDERS[cls.__name__] for cls in type(logger).__mro__ if cls.__name__ in _SENDERS), None
+        )
         if sender is None:
             continue
         try:
             sender(logger, heatmap, images, step)
-        except Exception as error:  # noqa: BLE001 - a logger must never stop the training
+        except Exception as error:
             warnings.warn(
                 f"{type(logger).__name__} did not take the interference heatmap: {type(error).__name__}: {error}",
                 stacklevel=2,

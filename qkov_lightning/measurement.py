@@ -130,7 +130,9 @@ def measure_interference(
         return None
     records = [record for record, _ in selected]
     masks = {record.path: mask for record, mask in selected}
-    tasks = sorted({record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()})
+    tasks = sorted({
+        record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
+    })
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
     fisher_directory.mkdir(parents=True, exist_ok=True)
     own = [projection for projection in projections if projection.layer % world_size == rank]
@@ -139,7 +141,9 @@ def measure_interference(
         fisher = _fold(projection, gradients, fisher_directory, previous_fisher, folded_until, fisher_decay)
         if gradients.records and fisher.tasks:
             indices = _task_indices(gradients.records, masks, tasks)
-            metric.update(gradients, indices, fisher.pooled().to(device), layer=projection.layer, block=projection.block)
+            metric.update(
+                gradients, indices, fisher.pooled().to(device), layer=projection.layer, block=projection.block
+            )
     result = {name: value.cpu() for name, value in metric.compute().items()}
     heatmap = InterferenceHeatmap(
         tasks=tuple(tasks),
@@ -151,7 +155,9 @@ def measure_interference(
         epoch=epoch,
         notes=notes or {},
     )
-    pairs = gather(_hottest_pairs(heatmap, own, records, masks, fisher_directory, damping, num_hot_cells, device))
+    pairs = gather(
+        _hottest_pairs(heatmap, own, records, masks, fisher_directory, damping, num_hot_cells, device)
+    )
     pairs.sort(key=lambda pair: -pair.value)
     return replace(heatmap, pairs=tuple(pairs))
 
@@ -171,7 +177,11 @@ def _fold(
     """The Fisher with all steps from ``folded_until`` on folded in, and written."""
     path = _fisher_path(directory, projection)
     known = previous is not None and _fisher_path(previous, projection).exists()
-    fisher = EmpiricalFisher.load(_fisher_path(previous, projection)) if previous and known else EmpiricalFisher(decay)
+    fisher = (
+        EmpiricalFisher.load(_fisher_path(previous, projection))
+        if previous and known
+        else EmpiricalFisher(decay)
+    )
     new = (item for item in gradients.chunks() if item[0].step >= folded_until)
     for _, chunks in itertools.groupby(new, key=lambda item: item[0].step):
         totals: dict[str, Tensor] = {}
@@ -189,7 +199,9 @@ def _fold(
     return fisher
 
 
-def _task_indices(records: Sequence[CacheRecord], masks: dict[Path, Bool[Tensor, "sample"]], tasks: Sequence[str]) -> Tensor:
+def _task_indices(
+    records: Sequence[CacheRecord], masks: dict[Path, Bool[Tensor, sample]], tasks: Sequence[str]
+) -> Tensor:
     """Task of every sample of the records, -1 for those beyond the budget."""
     indices = []
     for record in records:
@@ -217,7 +229,7 @@ def _hottest_pairs(
     heatmap: InterferenceHeatmap,
     projections: Sequence[Projection],
     records: Sequence[CacheRecord],
-    masks: dict[Path, Bool[Tensor, "sample"]],
+    masks: dict[Path, Bool[Tensor, sample]],
     fisher_directory: Path,
     damping: float,
     num_hot_cells: int,

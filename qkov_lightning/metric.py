@@ -46,9 +46,16 @@ class HeadInterference(Metric):
     is_differentiable = False
     higher_is_better = False
     full_state_update = False
+    num_pairs: Tensor
+    num_samples: Tensor
 
     def __init__(
-        self, tasks: Sequence[str], num_layers: int, num_heads: int, damping: float = 1e-3, **kwargs: Any  # noqa: ANN401
+        self,
+        tasks: Sequence[str],
+        num_layers: int,
+        num_heads: int,
+        damping: float = 1e-3,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not tasks:
@@ -67,7 +74,7 @@ class HeadInterference(Metric):
     def update(
         self,
         gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "sample head weight"]],
-        tasks: Sequence[str] | Int[Tensor, "sample"],
+        tasks: Sequence[str] | Int[Tensor, sample],
         fisher: Float[Tensor, "head weight"],
         *,
         layer: int,
@@ -96,7 +103,9 @@ class HeadInterference(Metric):
                 f"layer {layer}, heads {heads.start} to {heads.stop - 1}: the metric was made for "
                 f"{num_layers} layers and {num_heads} heads."
             )
-        statistics = slice_statistics(chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping)
+        statistics = slice_statistics(
+            chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping
+        )
         if statistics.membership.shape[1] != int((indices >= 0).sum()):
             raise ValueError(f"{len(indices)} tasks do not fit the gradients, expected one per sample.")
         cell = (..., layer, heads, BLOCKS.index(block))

@@ -79,7 +79,12 @@ class InterferenceMonitor(Callback):
         projections: Sequence[Projection] | None = None,
         name: str = "interference",
     ) -> None:
-        _check("loss_reduction", loss_reduction, loss_reduction in {"mean", "token_mean", "sum"}, "mean, token_mean or sum")
+        _check(
+            "loss_reduction",
+            loss_reduction,
+            loss_reduction in {"mean", "token_mean", "sum"},
+            "mean, token_mean or sum",
+        )
         _check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
         _check("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2")
         _check("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number")
@@ -135,7 +140,9 @@ class InterferenceMonitor(Callback):
             self._switch_off(error)
         self._agree(trainer)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Watch every n-th batch."""
         if self._capture and not self._switched_off and self._counters["batches"] % self.every_n_steps == 0:
             self._capture.start()
@@ -149,7 +156,12 @@ class InterferenceMonitor(Callback):
             self._capture.scale = accumulated / loss_scale
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int  # noqa: ANN401
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         """Write what was captured."""
         step = self._counters["batches"]
@@ -170,7 +182,7 @@ class InterferenceMonitor(Callback):
         except CacheError as error:
             self._switch_off(error)
 
-    def _labels(self, batch: Any) -> Labels:  # noqa: ANN401
+    def _labels(self, batch: Any) -> Labels:
         return read_labels(batch, self.task_of, self.sample_id_of, self.num_target_tokens_of)
 
     # When to measure
@@ -223,8 +235,12 @@ class InterferenceMonitor(Callback):
     # Where it shows
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, heatmap: InterferenceHeatmap) -> None:
-        scalars = {f"{self.name}/{key}": value for key, value in _scalars(heatmap).items() if math.isfinite(value)}
-        pl_module.log_dict(scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1)
+        scalars = {
+            f"{self.name}/{key}": value for key, value in _scalars(heatmap).items() if math.isfinite(value)
+        }
+        pl_module.log_dict(
+            scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1
+        )
         if not trainer.is_global_zero or self._results is None:
             return
         images = {
@@ -264,11 +280,15 @@ class InterferenceMonitor(Callback):
         """Remember the state until training starts; the cache is opened then."""
         self._restored = dict(state_dict)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Keep what a restart from this checkpoint needs."""
         if self._cache and not self._switched_off:
             try:
-                self._checkpointed = [*self._checkpointed, (self._counters["batches"], self._fisher_step)][-2:]
+                self._checkpointed = [*self._checkpointed, (self._counters["batches"], self._fisher_step)][
+                    -2:
+                ]
                 self._cache.note_checkpoint(self._counters["batches"])
             except CacheError as error:
                 self._switch_off(error)
@@ -330,7 +350,7 @@ class InterferenceMonitor(Callback):
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _results_directory(self, trainer: Trainer) -> Path:
-        if trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._temporary = tempfile.TemporaryDirectory(prefix="qkov-")
             return Path(self._temporary.name)
         if not trainer.loggers:
@@ -340,7 +360,11 @@ class InterferenceMonitor(Callback):
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / self.name
 
     def _check_shared(self, trainer: Trainer, directory: Path) -> None:
-        """Every process must see what the first one writes."""
+        """Every process must see what the first one writes.
+
+        Raises:
+            ValueError: If this one does not.
+        """
         marker = directory / "shared"
         if trainer.is_global_zero:
             marker.touch()
@@ -357,7 +381,9 @@ class InterferenceMonitor(Callback):
         self._switched_off = True
         if self._capture:
             self._capture.remove()
-        warnings.warn(f"The interference monitor switched itself off; training goes on. {error}", stacklevel=3)
+        warnings.warn(
+            f"The interference monitor switched itself off; training goes on. {error}", stacklevel=3
+        )
 
     def _agree(self, trainer: Trainer) -> None:
         """Either all processes measure or none: a measurement waits for all of them."""

@@ -51,7 +51,9 @@ class Labels:
             return len(self.tasks)
         return None if self.ids is None else len(self.ids)
 
-    def resolve(self, num_samples: int, numbering: Counter[str], rank: int = 0, world_size: int = 1) -> Samples:
+    def resolve(
+        self, num_samples: int, numbering: Counter[str], rank: int = 0, world_size: int = 1
+    ) -> Samples:
         """The samples of a forward pass over ``num_samples`` inputs.
 
         Args:
@@ -67,7 +69,11 @@ class Labels:
             ValueError: If there are not exactly ``num_samples`` labels of each kind.
         """
         tasks = (self.tasks,) * num_samples if isinstance(self.tasks, str) else self.tasks
-        for what, values in (("tasks", tasks), ("sample ids", self.ids), ("target token counts", self.num_target_tokens)):
+        for what, values in (
+            ("tasks", tasks),
+            ("sample ids", self.ids),
+            ("target token counts", self.num_target_tokens),
+        ):
             if values is not None and len(values) != num_samples:
                 raise ValueError(
                     f"{len(values)} {what} for a batch of {num_samples} samples, expected one per sample"
@@ -168,7 +174,7 @@ def _entry(batch: object, source: str | Callable[[Any], Any]) -> object:
 
 def _as_list(values: object) -> object:
     if isinstance(values, Tensor) or hasattr(values, "tolist"):  # numpy arrays too
-        return values.tolist()  # type: ignore[union-attr]
+        return values.tolist()
     if isinstance(values, Sequence) and not isinstance(values, str):
         return [_as_list(value) for value in values]
     return values

@@ -10,12 +10,13 @@ from typing import Any
 from matplotlib import colormaps
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from qkov_lightning.figures import Scale, score_scale
-from qkov_lightning.heatmap import Cell, InterferenceHeatmap
+from qkov_lightning.heatmap import Cell, InterferenceHeatmap, printable
 from qkov_lightning.projections import BLOCKS, Block
 
 SHADES = " ░▒▓█"
@@ -26,20 +27,25 @@ def heatmap_panel(heatmap: InterferenceHeatmap, a: str, b: str, score: str = "in
     scale = score_scale(heatmap, score)
     blocks = [_block(heatmap, a, b, score, block, scale) for block in BLOCKS]
     samples = heatmap.samples_per_task
-    title = f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}, {scale.low:.3g} to {scale.high:.3g}"
+    title = (
+        f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}, {scale.low:.3g} to {scale.high:.3g}"
+    )
     subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {_plain(a)} {samples[a]}, {_plain(b)} {samples[b]}"
-    return Panel(Columns(blocks, padding=(0, 3)), title=title, subtitle=subtitle, title_align="left", expand=False)
+    return Panel(
+        Columns(blocks, padding=(0, 3)), title=title, subtitle=subtitle, title_align="left", expand=False
+    )
 
 
 def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 10) -> Table:
     """The cells of a task pair with the highest interference, with all scores and their standard errors."""
-    table = Table(title=f"Hottest cells: {_plain(b)} pushes on {_plain(a)}", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"Hottest cells: {_plain(b)} pushes on {_plain(a)}", title_justify="left", title_style="bold"
+    )
     table.add_column("cell")
-    table.add_column("layer", overflow="fold")
     for score in heatmap.scores:
         table.add_column(score, justify="right")
     for cell in heatmap.cells(a, b)[:top]:
-        table.add_row(cell.name, cell.layer_name, *(value for value in _with_errors(heatmap, cell)))
+        table.add_row(cell.name, *_with_errors(heatmap, cell))
     return table
 
 
@@ -50,16 +56,32 @@ def pair_lines(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 3) -> Te
 
 
 def overview(heatmap: InterferenceHeatmap, top: int = 10) -> Group:
-    """Every pair of different tasks: heatmap, hottest cells, sample pairs."""
+    """Every pair of different tasks: heatmap, hottest cells, sample pairs; then what the cells are called."""
     parts: list[RenderableType] = []
     for a, b in heatmap.task_pairs:
-        parts += [heatmap_panel(heatmap, a, b), hottest_table(heatmap, a, b, top), pair_lines(heatmap, a, b), ""]
+        parts += [
+            heatmap_panel(heatmap, a, b),
+            hottest_table(heatmap, a, b, top),
+            pair_lines(heatmap, a, b),
+            "",
+        ]
+    names = [layer.name for layer in heatmap.layers]
+    parts.append(
+        Text(
+            f"L0 is {names[0]}" + (f", L{len(names) - 1} is {names[-1]}" if len(names) > 1 else ""),
+            style="dim",
+        )
+    )
     return Group(*parts)
 
 
 def epoch_table(heatmap: InterferenceHeatmap) -> Table:
     """A line per task pair: what to look at after a validation epoch."""
-    table = Table(title=f"Interference, epoch {heatmap.epoch}, step {heatmap.step}", title_justify="left", title_style="bold")
+    table = Table(
+        title=f"Interference, epoch {heatmap.epoch}, step {heatmap.step}",
+        title_justify="left",
+        title_style="bold",
+    )
     for column in ("pushes", "on", "hottest cell"):
         table.add_column(column)
     for score in heatmap.scores:
@@ -87,7 +109,21 @@ def _with_errors(heatmap: InterferenceHeatmap, cell: Cell) -> Iterator[str]:
         at = (cell.layer, cell.head, BLOCKS.index(cell.block))
         value = float(heatmap.values(cell.task_a, cell.task_b, score)[at])
         error = float(heatmap.errors(cell.task_a, cell.task_b, score)[at])
-        yield "no data" if math.isnan(value) else f"{value:.3g} ± {error:.1g}"
+        yield plus_minus(value, error)
+
+
+def plus_minus(value: float, error: float) -> str:
+    """A value with its standard error, both to the first digit of the error.
+
+    >>> plus_minus(16.93, 12.4), plus_minus(0.53712, 0.0314), plus_minus(float("nan"), 1.0)
+    ('17 ± 12', '0.54 ± 0.03', 'no data')
+    """
+    if math.isnan(value):
+        return "no data"
+    if not error > 0 or not 1e-4 <= abs(value) < 1e5:
+        return f"{value:.3g} ± {error:.1g}"
+    decimals = max(0, -math.floor(math.log10(error)))
+    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 
 def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Block, scale: Scale) -> Text:
@@ -101,7 +137,7 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Bloc
             if info is None or head >= info.num_heads:
                 text.append("  ")
             elif info.status == "frozen":
-                text.append("--", style="not bold dim")
+                text.append("xx", style="not bold dim")
             else:
                 text.append(*_shade(float(values[index, head]), scale))
         text.append("\n")
@@ -111,7 +147,7 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Bloc
 
 def _shade(value: float, scale: Scale) -> tuple[str, str]:
     if math.isnan(value):
-        return "··", "not bold dim"
+        return "//", "not bold dim"
     share = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low or 1.0)))
     red, green, blue, _ = (round(255 * part) for part in colormaps[scale.colormap](share))
     return SHADES[min(4, int(share * 5))] * 2, f"rgb({red},{green},{blue}) on grey11"
@@ -119,11 +155,10 @@ def _shade(value: float, scale: Scale) -> tuple[str, str]:
 
 def _plain(name: str) -> str:
     """A task name that can neither break the line nor be taken for markup."""
-    shown = "".join(c if c.isprintable() else "�" for c in name)
-    return shown.replace("[", "\\[")
+    return escape(printable(name))
 
 
-def print_beside_bar(bar: Any, renderable: RenderableType) -> None:  # noqa: ANN401
+def print_beside_bar(bar: Any, renderable: RenderableType) -> None:
     """Print above the trainer's progress bar; nothing where the user switched the bar off."""
     if bar is None or not bar.is_enabled:
         return
