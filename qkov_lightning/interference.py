@@ -293,7 +293,7 @@ def head_interference(
         >>> fisher = gradients.square().mean(dim=0)
         >>> scores = head_interference(gradients, ["math", "math", "code", "code"], fisher)
         >>> scores["math", "code"]["relative"]  # code pushes mostly where math is not sensitive
-        tensor([0.3632], dtype=torch.float64)
+        tensor([0.3633], dtype=torch.float64)
     """
     check_inputs(gradients, tasks, damping)
     names = sorted(set(tasks))
