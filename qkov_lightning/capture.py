@@ -267,6 +267,12 @@ class GradientCapture:
 
     def _collect(self, labels: Labels, calls: list[_Call]) -> CapturedStep:
         num_samples = labels.num_samples or calls[0].deliveries[0].grad_output.shape[0]
+        rows = {delivery.activation.shape[0] for call in calls for delivery in call.deliveries}
+        if len(rows) == 1 and num_samples not in rows:
+            raise ValueError(
+                f"{num_samples} tasks (or sample ids) were given, but the inputs of the projections have "
+                f"{rows.pop()} rows: expected one task per sample, and samples along the first dimension."
+            )
         samples = labels.resolve(num_samples, self.numbering, self._rank, self._world_size)
         common_scale = calls[0].deliveries[0].scale
         shared: dict[tuple[object, ...], Tensor] = {}
