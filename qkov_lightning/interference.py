@@ -193,7 +193,7 @@ def damped(fisher: Float[Tensor, "head weight"], damping: float) -> Float[Tensor
 
 
 def slice_statistics(
-    chunks: Iterable[Float[Tensor, "sample head weight"]],
+    chunks: Iterable[Float[Tensor, "chunk head weight"]],
     task_indices: Int[Tensor, sample],
     num_tasks: int,
     fisher: Float[Tensor, "head weight"],
@@ -211,6 +211,9 @@ def slice_statistics(
 
     Returns:
         The statistics of the samples that belong to a task.
+
+    Raises:
+        ValueError: If there is not one task per sample.
     """
     inverse = 1 / damped(fisher, damping)
     membership = torch.nn.functional.one_hot(task_indices + 1, num_tasks + 1)[:, 1:].to(fisher).T
@@ -220,10 +223,14 @@ def slice_statistics(
     start = 0
     for chunk in chunks:
         belongs = membership[:, start : start + len(chunk)]
+        if belongs.shape[1] != len(chunk):
+            raise ValueError(f"{len(task_indices)} tasks for gradients of {start + len(chunk)} samples, expected one each.")
         start += len(chunk)
         mean_gradient += torch.tensordot(belongs, chunk, dims=1)
         mean_absolute += torch.tensordot(belongs, chunk.abs(), dims=1)
         mean_square += torch.tensordot(belongs, chunk.square(), dims=1)
+    if start != len(task_indices):
+        raise ValueError(f"{len(task_indices)} tasks for gradients of {start} samples, expected one each.")
     mean_gradient, mean_absolute, mean_square = (
         total / count for total in (mean_gradient, mean_absolute, mean_square)
     )

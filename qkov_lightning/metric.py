@@ -73,7 +73,7 @@ class HeadInterference(Metric):
 
     def update(
         self,
-        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "sample head weight"]],
+        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "chunk head weight"]],
         tasks: Sequence[str] | Int[Tensor, sample],
         fisher: Float[Tensor, "head weight"],
         *,
@@ -106,8 +106,6 @@ class HeadInterference(Metric):
         statistics = slice_statistics(
             chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping
         )
-        if statistics.membership.shape[1] != int((indices >= 0).sum()):
-            raise ValueError(f"{len(indices)} tasks do not fit the gradients, expected one per sample.")
         cell = (..., layer, heads, BLOCKS.index(block))
         count = statistics.count
         enough = count >= MIN_SAMPLES
