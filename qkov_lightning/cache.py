@@ -308,7 +308,7 @@ def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
                 "grad_output": f"grad_output/{name}",
                 "offsets": f"offsets/{group}",
             }
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     header: dict[str, object] = {
         "tasks": step.samples.tasks,
         "ids": step.samples.ids,
@@ -317,6 +317,15 @@ def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
         "crc32": {key: _checksum(tensor) for key, tensor in tensors.items()},
     }
     return tensors, header
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Safetensors refuses tensors that share memory: copy those."""
+    owners: dict[int, str] = {}
+    return {
+        key: tensor if owners.setdefault(tensor.untyped_storage().data_ptr(), key) == key else tensor.clone()
+        for key, tensor in tensors.items()
+    }
 
 
 def _dense_is_smaller(factors: Sequence[GradientFactors]) -> bool:

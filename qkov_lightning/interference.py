@@ -224,7 +224,9 @@ def slice_statistics(
     for chunk in chunks:
         belongs = membership[:, start : start + len(chunk)]
         if belongs.shape[1] != len(chunk):
-            raise ValueError(f"{len(task_indices)} tasks for gradients of {start + len(chunk)} samples, expected one each.")
+            raise ValueError(
+                f"{len(task_indices)} tasks for gradients of {start + len(chunk)} samples, expected one each."
+            )
         start += len(chunk)
         mean_gradient += torch.tensordot(belongs, chunk, dims=1)
         mean_absolute += torch.tensordot(belongs, chunk.abs(), dims=1)

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,9 +127,11 @@ class InterferenceMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the heads and install the taps, before anything is compiled."""
         self._projections = list(self.projections or find_projections(pl_module))
+        numbering = self._capture.numbering if self._capture else Counter()
         self._capture = GradientCapture(
             pl_module, self._projections, self.loss_reduction, trainer.global_rank, trainer.world_size
         )
+        self._capture.numbering = numbering
         self._capture.install()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -315,6 +318,8 @@ class InterferenceMonitor(Callback):
         )
         self._counters = dict.fromkeys(self._counters, 0)
         self._fisher_step = 0
+        if self._capture:
+            self._capture.numbering.clear()
         if state:
             self._resume(state, self._cache, trainer.is_global_zero)
         self._checkpointed = [(self._counters["batches"], self._fisher_step)]

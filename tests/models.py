@@ -12,7 +12,15 @@ from qkov_lightning.projections import BLOCKS, Projection, contiguous_heads
 class GroupedAttention(nn.Module):
     """Grouped-query attention whose head size is not width // heads and whose value heads have another size."""
 
-    def __init__(self, width: int = 10, heads: int = 4, kv_heads: int = 2, size: int = 3, value_size: int = 5, bias: bool = True):
+    def __init__(
+        self,
+        width: int = 10,
+        heads: int = 4,
+        kv_heads: int = 2,
+        size: int = 3,
+        value_size: int = 5,
+        bias: bool = True,
+    ):
         super().__init__()
         self.num_heads, self.num_kv_heads = heads, kv_heads
         self.q_proj = nn.Linear(width, heads * size, bias=bias)
@@ -68,7 +76,9 @@ class FusedAttention(nn.Module):
 class Classifier(nn.Module):
     """Attention layers with residuals, then the mean over tokens, then class scores."""
 
-    def __init__(self, attentions: list[nn.Module], width: int, classes: int = 5, vocabulary: int = 11) -> None:
+    def __init__(
+        self, attentions: list[nn.Module], width: int, classes: int = 5, vocabulary: int = 11
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(attentions)
@@ -83,7 +93,9 @@ class Classifier(nn.Module):
         return self.head((x * mask.unsqueeze(-1)).sum(dim=1) / mask.sum(dim=1, keepdim=True))
 
 
-def projections_of(module_name: str, heads: int, kv_heads: int, size: int, value_size: int, layer: int = 0) -> list[Projection]:
+def projections_of(
+    module_name: str, heads: int, kv_heads: int, size: int, value_size: int, layer: int = 0
+) -> list[Projection]:
     """Head map of a ``GroupedAttention``, written down by hand."""
     maps = {
         "Q": ("q_proj", contiguous_heads(heads, size), 1),
@@ -92,6 +104,8 @@ def projections_of(module_name: str, heads: int, kv_heads: int, size: int, value
         "O": ("o_proj", contiguous_heads(heads, value_size), 1),
     }
     return [
-        Projection(f"{module_name}.{maps[block][0]}", layer, module_name, block, maps[block][1], maps[block][2])
+        Projection(
+            f"{module_name}.{maps[block][0]}", layer, module_name, block, maps[block][1], maps[block][2]
+        )
         for block in BLOCKS
     ]

@@ -45,7 +45,11 @@ def assert_equals_autograd(
 
 
 def run(
-    model: nn.Module, loss: Callable[[], Tensor], reduction: str = "mean", tasks: object = TASKS, **labels: object
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    reduction: str = "mean",
+    tasks: object = TASKS,
+    **labels: object,
 ) -> list[CapturedStep]:
     with GradientCapture(model, find_projections(model), reduction) as capture:
         capture.start()
@@ -70,8 +74,12 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_factors_equal_batch_of_one_autograd(build: Callable[[], nn.Module], reduction: str) -> None:
     model = build()
-    (step,) = run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS, reduction=reduction), reduction)
-    assert_equals_autograd(model, step, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1]))
+    (step,) = run(
+        model, lambda: functional.cross_entropy(model(TOKENS), TARGETS, reduction=reduction), reduction
+    )
+    assert_equals_autograd(
+        model, step, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1])
+    )
 
 
 def test_a_token_mean_loss_is_undone_by_the_tokens_of_each_sample() -> None:
@@ -102,7 +110,12 @@ def test_a_token_mean_loss_without_counts_is_refused() -> None:
 
 def test_padding_is_dropped_and_nothing_is_lost() -> None:
     model = grouped()
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 0, 1, 1, 1]]).bool()  # right and left
+    mask = torch.tensor([
+        [1, 1, 1, 0, 0],
+        [1, 1, 1, 1, 1],
+        [1, 0, 0, 0, 0],
+        [0, 0, 1, 1, 1],
+    ]).bool()  # right and left
 
     def loss(rows: slice) -> Tensor:
         return functional.cross_entropy(model(TOKENS[rows], mask[rows]), TARGETS[rows])
@@ -119,7 +132,9 @@ def test_a_frozen_block_is_left_out_and_the_rest_is_exact() -> None:
     model.layers[0].k_proj.requires_grad_(False)
     (step,) = run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS))
     assert "layers.0.k_proj" not in step.factors
-    assert_equals_autograd(model, step, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1]))
+    assert_equals_autograd(
+        model, step, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1])
+    )
 
 
 def test_an_output_changed_in_place_is_captured_exactly() -> None:
@@ -133,7 +148,9 @@ def test_an_output_changed_in_place_is_captured_exactly() -> None:
 
     model = Classifier([Scaled()], width=10).double()
     (step,) = run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS))
-    assert_equals_autograd(model, step, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1]))
+    assert_equals_autograd(
+        model, step, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1])
+    )
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -166,7 +183,9 @@ def test_each_forward_inside_a_task_is_a_step_of_its_own() -> None:
     math, code = run(model, loss, tasks=None)
     assert (math.samples.tasks, math.samples.ids) == (("math",) * 3, ("a", "b", "c"))
     assert (code.samples.tasks, code.samples.ids) == (("code",), ("#0",))
-    assert_equals_autograd(model, math, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1]), 3)
+    assert_equals_autograd(
+        model, math, lambda n: functional.cross_entropy(model(TOKENS[n : n + 1]), TARGETS[n : n + 1]), 3
+    )
     assert_equals_autograd(model, code, lambda n: functional.cross_entropy(model(TOKENS[3:]), TARGETS[3:]), 1)
 
 
@@ -237,8 +256,8 @@ def test_outputs_and_gradients_are_bit_identical_with_taps() -> None:
 
 def test_taps_are_gone_after_an_exception() -> None:
     model = grouped()
-    with pytest.raises(ZeroDivisionError), GradientCapture(model, find_projections(model)) as capture:
-        capture.start()
+    capture = GradientCapture(model, find_projections(model))
+    with pytest.raises(ZeroDivisionError), capture:
         _ = 1 / 0
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -260,7 +279,9 @@ def test_a_gradient_without_a_forward_that_was_seen_is_named() -> None:
             return self.o_proj((query @ key.transpose(1, 2)).softmax(-1) @ value)
 
     model = Classifier([Functional()], width=10).double()
-    with pytest.warns(CaptureWarning, match="`layers.0.q_proj`: it has a gradient, but its forward pass was not seen"):
+    with pytest.warns(
+        CaptureWarning, match="`layers.0.q_proj`: it has a gradient, but its forward pass was not seen"
+    ):
         (step,) = run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS))
     assert "layers.0.q_proj" not in step.factors
     assert "layers.0.k_proj" in step.factors

@@ -52,7 +52,9 @@ def test_pair_matrices_equal_the_naive_loop() -> None:
     samples = gradients(heads=1)[:, 0]
     fisher = pooled(samples)
     naive = naive_interference(samples[rows("math")], samples[rows("code")], fisher, DAMPING, same=False)
-    torch.testing.assert_close(sample_pairs(samples[rows("math")], samples[rows("code")], fisher, DAMPING), naive, **EXACT)
+    torch.testing.assert_close(
+        sample_pairs(samples[rows("math")], samples[rows("code")], fisher, DAMPING), naive, **EXACT
+    )
 
 
 def test_the_heatmap_changes_when_the_reference_samples_change() -> None:
@@ -65,7 +67,9 @@ def test_the_heatmap_changes_when_the_reference_samples_change() -> None:
     def score(x: Tensor, fisher: Tensor) -> Tensor:
         return head_interference(x, TASKS, fisher, 1e-12)["math", "code"]["interference"]
 
-    torch.testing.assert_close(score(samples, own), score(changed, own_changed), rtol=1e-8, atol=0)  # the defect
+    torch.testing.assert_close(
+        score(samples, own), score(changed, own_changed), rtol=1e-8, atol=0
+    )  # the defect
     assert not torch.allclose(score(samples, pooled(samples)), score(changed, pooled(changed)), rtol=0.05)
 
 
@@ -79,7 +83,9 @@ def test_relative_averages_to_one_over_the_tasks_and_never_exceeds_their_number(
         # Within the task itself the pairs (i, i) are left out: put them back for the identity.
         fisher, own = pooled(samples), samples[rows(b)]
         with_self = (own.square().mean(0) / fisher * own.abs().mean(0)).sum(-1) / own.abs().mean(0).sum(-1)
-        torch.testing.assert_close((others.sum(0) + with_self) / 3, torch.ones(3, dtype=torch.float64), **EXACT)
+        torch.testing.assert_close(
+            (others.sum(0) + with_self) / 3, torch.ones(3, dtype=torch.float64), **EXACT
+        )
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e4])
@@ -108,7 +114,9 @@ def test_heads_add_up_to_the_unsliced_block() -> None:
     """With one damping for the block, the sum over heads is the score of all its weights."""
     samples = gradients()
     fisher = pooled(samples)
-    whole = head_interference(samples.flatten(1)[:, None], TASKS, fisher.flatten()[None], 1e-13)["math", "code"]
+    whole = head_interference(samples.flatten(1)[:, None], TASKS, fisher.flatten()[None], 1e-13)[
+        "math", "code"
+    ]
     heads = head_interference(samples, TASKS, fisher, 1e-13)["math", "code"]
     torch.testing.assert_close(heads["interference"].sum(), whole["interference"][0], rtol=1e-9, atol=0)
 
@@ -138,7 +146,10 @@ def test_standard_errors_agree_with_repeated_sampling(score: str) -> None:
     """
     tasks = ["math"] * 40 + ["code"] * 40
     size = torch.tensor([1.0, 2.0, 0.5, 1.5, 1.0, 0.3], dtype=torch.float64)
-    shift = torch.stack([torch.tensor([0.8, -0.8, 0.8, 0.8, 0.8, 0.8]), torch.tensor([0.5, 0.5, -0.9, 0.2, 0.5, 0.0])])
+    shift = torch.stack([
+        torch.tensor([0.8, -0.8, 0.8, 0.8, 0.8, 0.8]),
+        torch.tensor([0.5, 0.5, -0.9, 0.2, 0.5, 0.0]),
+    ])
     samples = (torch.randn(80, 1000, 6, dtype=torch.float64) + shift.repeat_interleave(40, 0)[:, None]) * size
     fisher = samples.square().mean(dim=(0, 1)).expand(1000, 6)
     results = head_interference(samples, tasks, fisher)
@@ -180,7 +191,9 @@ def test_the_metric_agrees_with_the_function_and_sums_over_processes() -> None:
 
 def test_a_slice_with_a_score_of_zero_over_zero_is_no_data_not_zero() -> None:
     metric = HeadInterference(["math", "code"], 1, 1)
-    metric.update(torch.zeros(4, 1, 3), ["math", "math", "code", "code"], torch.zeros(1, 3), layer=0, block="Q")
+    metric.update(
+        torch.zeros(4, 1, 3), ["math", "math", "code", "code"], torch.zeros(1, 3), layer=0, block="Q"
+    )
     assert metric.compute()["interference"][0, 1, 0, 0, 0].isnan()
 
 
@@ -189,11 +202,13 @@ def test_the_metric_refuses_what_does_not_fit() -> None:
     samples, fisher = torch.randn(4, 2, 3), torch.ones(2, 3)
     with pytest.raises(ValueError, match="Unknown task 'poetry': the metric was made for math, code"):
         metric.update(samples, ["math", "poetry", "math", "code"], fisher, layer=0, block="Q")
-    with pytest.raises(ValueError, match="layer 1, heads 0 to 1: the metric was made for 1 layers and 2 heads"):
+    with pytest.raises(
+        ValueError, match="layer 1, heads 0 to 1: the metric was made for 1 layers and 2 heads"
+    ):
         metric.update(samples, ["math"] * 4, fisher, layer=1, block="Q")
     with pytest.raises(ValueError, match="3 tasks for gradients of 4 samples"):
         metric.update(samples, ["math"] * 3, fisher, layer=0, block="Q")
-    with pytest.raises(ValueError, match="damping is 0.0"):
+    with pytest.raises(ValueError, match=r"damping is 0\.0"):
         head_interference(samples, ["math"] * 4, fisher, damping=0.0)
     with pytest.raises(ValueError, match="tasks is empty"):
         HeadInterference([], 1, 1)
