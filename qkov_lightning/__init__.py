@@ -10,7 +10,7 @@ from qkov_lightning.interference import head_interference
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.projections import Block, Projection, contiguous_heads
-from qkov_lightning.samples import task
+from qkov_lightning.samples import samples_from_positions, task
 
 __all__ = [
     "ArchitectureError",
@@ -32,5 +32,6 @@ __all__ = [
     "find_projections",
     "head_interference",
     "register_architecture",
+    "samples_from_positions",
     "task",
 ]

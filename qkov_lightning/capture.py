@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -144,9 +145,11 @@ class GradientCapture:
         self.numbering: Counter[str] = Counter()
         self._warned: set[str] = set()
         self._handles: list[Any] = []
+        self._eager = ExitStack()
         self._reset()
 
     def _reset(self) -> None:
+        self._eager.close()
         self._active = False
         self._calls: list[_Call] = []
         self._ran_without_grad: set[str] = set()
@@ -179,9 +182,10 @@ class GradientCapture:
         return self._active
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Watch from now on. Compiled modules run eagerly until the step ends: compiled code calls no taps."""
         self._reset()
         self._active = True
+        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
 
     def discard(self) -> None:
         """Forget the step."""
@@ -266,36 +270,41 @@ class GradientCapture:
                 )
 
     def _collect(self, labels: Labels, calls: list[_Call]) -> CapturedStep:
-        num_samples = labels.num_samples or calls[0].deliveries[0].grad_output.shape[0]
-        rows = {delivery.activation.shape[0] for call in calls for delivery in call.deliveries}
-        if len(rows) == 1 and num_samples not in rows:
+        deliveries = [delivery for call in calls for delivery in call.deliveries]
+        num_samples = labels.num_samples or deliveries[0].activation.shape[0]
+        rows = {delivery.activation.shape[0] for delivery in deliveries}
+        if labels.token_samples is None and len(rows) == 1 and num_samples not in rows:
             raise ValueError(
                 f"{num_samples} tasks (or sample ids) were given, but the inputs of the projections have "
-                f"{rows.pop()} rows: expected one task per sample, and samples along the first dimension."
+                f"{rows.pop()} rows: expected one task per sample, and samples along the first dimension. For packed "
+                "sequences or flattened tokens, say which sample each token belongs to (`token_samples`)."
             )
         samples = labels.resolve(num_samples, self.numbering, self._rank, self._world_size)
-        common_scale = calls[0].deliveries[0].scale
-        shared: dict[tuple[object, ...], Tensor] = {}
         by_module: dict[str, list[_Delivery]] = {}
         for call in calls:
             by_module.setdefault(call.module_name, []).extend(call.deliveries)
-        factors = {}
-        for name, deliveries in by_module.items():
-            shape = next((d.activation.shape for d in deliveries if not _has_rows(d, num_samples)), None)
+        sharing: dict[tuple[object, ...], dict[str, list[_Delivery]]] = {}
+        for name, own in by_module.items():
+            shape = next((tuple(d.activation.shape) for d in own if not _fits(d, num_samples, labels)), None)
             if shape is not None:
-                self._problems[name] = (
-                    f"its input has shape {tuple(shape)}, expected the first dimension to be the {num_samples} "
-                    "samples of the batch"
+                self._problems[name] = f"its input has shape {shape}, expected " + (
+                    f"the first dimension to be the {num_samples} samples of the batch"
+                    if labels.token_samples is None
+                    else f"one token for each of the {labels.token_samples.numel()} entries of `token_samples`"
                 )
             if name not in self._problems:
-                factors[name] = _join(deliveries, num_samples, common_scale, shared)
+                sharing.setdefault(_inputs(own), {})[name] = own
+        scale = deliveries[0].scale
+        factors: dict[str, GradientFactors] = {}
+        for modules in sharing.values():
+            factors |= _join(modules, num_samples, labels.token_samples, scale)
         if not factors:
             raise ValueError(
                 "No projection could be captured: "
                 + "; ".join(f"`{name}`: {problem}" for name, problem in self._problems.items())
                 + f". The labels say that the batch has {num_samples} samples."
             )
-        return CapturedStep(samples, self._sample_scales(samples) * common_scale, _without_padding(factors))
+        return CapturedStep(samples, self._sample_scales(samples) * scale, factors)
 
     def _sample_scales(self, samples: Samples) -> Tensor:
         if self._loss_reduction == "sum":
@@ -328,51 +337,57 @@ def is_trainable(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _has_rows(delivery: _Delivery, num_samples: int) -> bool:
-    return delivery.activation.ndim >= 2 and delivery.activation.shape[0] == num_samples
+def _fits(delivery: _Delivery, num_samples: int, labels: Labels) -> bool:
+    """Whether the tokens of an input can be told apart by sample."""
+    shape = delivery.activation.shape
+    if labels.token_samples is not None:
+        return shape[:-1].numel() == labels.token_samples.numel()
+    return len(shape) >= 2 and shape[0] == num_samples
+
+
+def _inputs(deliveries: list[_Delivery]) -> tuple[object, ...]:
+    """What identifies the inputs of a module: Q, K and V usually read one tensor."""
+    tensors = (delivery.activation for delivery in deliveries)
+    return (deliveries[0].grad_output.dtype, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
 
 
 def _join(
-    deliveries: list[_Delivery],
-    num_samples: int,
-    common_scale: float,
-    shared: dict[tuple[object, ...], Tensor],
-) -> GradientFactors:
-    """Tokens of all calls of one module, sample by sample."""
-    grads = []
-    for delivery in deliveries:
-        grad = delivery.grad_output
-        if delivery.scale != common_scale:
-            grad = grad.to(torch.promote_types(grad.dtype, torch.float32)) * (delivery.scale / common_scale)
-        grads.append(grad.reshape(num_samples, -1, grad.shape[-1]))
-    # Autocast computed the weight gradient from the activation in the precision of the output.
-    dtype = deliveries[0].grad_output.dtype
-    # Q, K and V usually read one tensor: keep it one tensor.
-    key = (dtype, *((d.activation.data_ptr(), d.activation.shape, d.activation.stride()) for d in deliveries))
-    if key not in shared:
-        inputs = [d.activation.reshape(num_samples, -1, d.activation.shape[-1]).to(dtype) for d in deliveries]
-        shared[key] = torch.cat(inputs, dim=1).flatten(0, 1)
-    time = shared[key].shape[0] // num_samples
-    offsets = torch.arange(0, num_samples * time + 1, time)
-    return GradientFactors(shared[key], torch.cat(grads, dim=1).flatten(0, 1), offsets)
+    modules: dict[str, list[_Delivery]], num_samples: int, token_samples: Tensor | None, scale: float
+) -> dict[str, GradientFactors]:
+    """Factors of modules with the same inputs: the tokens of all their calls, sample by sample.
 
-
-def _without_padding(factors: dict[str, GradientFactors]) -> dict[str, GradientFactors]:
-    """Drop the tokens whose output gradients are all zero, which is lossless.
-
-    Modules that share an activation keep the same tokens, so that they go on sharing it.
+    Tokens whose output gradients are all zero (padding) are dropped, which is lossless.
     """
-    sharing: dict[int, list[str]] = {}
-    for name, factor in factors.items():
-        sharing.setdefault(id(factor.activation), []).append(name)
-    packed = dict(factors)
-    for names in sharing.values():
-        activation, offsets = factors[names[0]].activation, factors[names[0]].offsets
-        keep = torch.stack([(factors[name].grad_output != 0).any(dim=1) for name in names]).any(dim=0)
-        if bool(keep.all()):
-            continue
-        ends = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)]).cpu()[offsets]
-        activation = activation[keep]
-        for name in names:
-            packed[name] = GradientFactors(activation, factors[name].grad_output[keep], ends)
-    return packed
+    calls = next(iter(modules.values()))
+    # Autocast computed the weight gradient from the activation in the precision of the output.
+    dtype = calls[0].grad_output.dtype
+    activation = torch.cat([call.activation.flatten(0, -2) for call in calls]).to(dtype)
+    grads = {
+        name: torch.cat([_rescaled(call, scale).flatten(0, -2) for call in own])
+        for name, own in modules.items()
+    }
+    sample = torch.cat([_sample_of_token(call, num_samples, token_samples) for call in calls]).to(
+        activation.device
+    )
+    keep = torch.stack([(grad != 0).any(dim=1) for grad in grads.values()]).any(dim=0) & (sample >= 0)
+    order = keep.nonzero().flatten()
+    order = order[sample[order].argsort(stable=True)]
+    offsets = torch.zeros(num_samples + 1, dtype=torch.int64)
+    offsets[1:] = torch.bincount(sample[order], minlength=num_samples).cumsum(0)
+    activation = activation[order]
+    return {name: GradientFactors(activation, grad[order], offsets) for name, grad in grads.items()}
+
+
+def _sample_of_token(call: _Delivery, num_samples: int, token_samples: Tensor | None) -> Tensor:
+    if token_samples is not None:
+        return token_samples.flatten()
+    tokens_per_sample = call.activation.shape[:-1].numel() // num_samples
+    return torch.arange(num_samples).repeat_interleave(tokens_per_sample)
+
+
+def _rescaled(call: _Delivery, scale: float) -> Tensor:
+    """The output gradient, in the scale that the step as a whole undoes."""
+    if call.scale == scale:
+        return call.grad_output
+    dtype = torch.promote_types(call.grad_output.dtype, torch.float32)
+    return call.grad_output.to(dtype) * (call.scale / scale)

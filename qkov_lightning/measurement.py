@@ -31,6 +31,9 @@ KEEP_BYTES = 512 * 2**20
 
 PAIRS_PER_CELL = 3
 
+MAX_CELLS = 20_000_000
+"""Values of one score in a heatmap: 100 tasks at 28 layers x 16 heads."""
+
 Gather = Callable[[list[SamplePair]], list[SamplePair]]
 
 
@@ -123,7 +126,7 @@ def measure_interference(
         The heatmap, the same in every process; None if the cache is empty.
 
     Raises:
-        CacheError: If the Fisher cannot be written or read.
+        CacheError: If the Fisher cannot be written or read, or there are too many tasks for a heatmap.
     """
     selected = cache.records()
     if not selected:
@@ -133,6 +136,12 @@ def measure_interference(
     tasks = sorted({
         record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
     })
+    num_cells = len(tasks) ** 2 * num_layers(projections) * num_heads(projections) * len(BLOCKS)
+    if num_cells > MAX_CELLS:
+        raise CacheError(
+            f"{len(tasks)} tasks ({tasks[0]!r}, {tasks[1]!r}, ...) make {num_cells:,} cells, more than the {MAX_CELLS:,} that "
+            "a heatmap can hold. Is `task_of` the identifier of a sample? Map it to fewer tasks."
+        )
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
     fisher_directory.mkdir(parents=True, exist_ok=True)
     own = [projection for projection in projections if projection.layer % world_size == rank]

@@ -46,6 +46,8 @@ class InterferenceMonitor(Callback):
         loss_reduction: How the training loss joins its samples: "mean" over samples, "token_mean" over all
             target tokens of the batch, or "sum".
         num_target_tokens_of: Like ``task_of``, for the target tokens of each sample; only "token_mean" needs it.
+        token_samples_of: Like ``task_of``, for packed sequences and flattened inputs: the sample (counted from 0) of every
+            token of the model's input, -1 for padding. Rows of the batch are the samples without it.
         every_n_steps: Capture every n-th training batch.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
@@ -70,6 +72,7 @@ class InterferenceMonitor(Callback):
         sample_id_of: str | Callable[[Any], Any] = "sample_id",
         loss_reduction: LossReduction = "mean",
         num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
+        token_samples_of: str | Callable[[Any], Any] = "token_samples",
         every_n_steps: int = 10,
         max_samples_per_task: int = 128,
         max_cache_gb: float = 10.0,
@@ -96,6 +99,7 @@ class InterferenceMonitor(Callback):
         self.sample_id_of = sample_id_of
         self.loss_reduction: LossReduction = loss_reduction
         self.num_target_tokens_of = num_target_tokens_of
+        self.token_samples_of = token_samples_of
         self.every_n_steps = every_n_steps
         self.max_samples_per_task = max_samples_per_task
         self.max_cache_gb = max_cache_gb
@@ -186,7 +190,9 @@ class InterferenceMonitor(Callback):
             self._switch_off(error)
 
     def _labels(self, batch: Any) -> Labels:
-        return read_labels(batch, self.task_of, self.sample_id_of, self.num_target_tokens_of)
+        return read_labels(
+            batch, self.task_of, self.sample_id_of, self.num_target_tokens_of, self.token_samples_of
+        )
 
     # When to measure
 

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -38,18 +39,23 @@ class Labels:
         tasks: One task for all samples, or one for each.
         ids: Identifier of each sample; running numbers per task without them.
         num_target_tokens: Tokens that each sample adds to a token-mean loss.
+        token_samples: Sample of every token of the model's input, -1 for none; where samples are not
+            simply the rows of the batch.
     """
 
     tasks: str | tuple[str, ...]
     ids: tuple[str, ...] | None = None
     num_target_tokens: tuple[int, ...] | None = None
+    token_samples: Tensor | None = None
 
     @property
     def num_samples(self) -> int | None:
         """Number of samples, where the labels settle it."""
         if not isinstance(self.tasks, str):
             return len(self.tasks)
-        return None if self.ids is None else len(self.ids)
+        if self.ids is not None:
+            return len(self.ids)
+        return None if self.token_samples is None else int(self.token_samples.max()) + 1
 
     def resolve(
         self, num_samples: int, numbering: Counter[str], rank: int = 0, world_size: int = 1
@@ -93,7 +99,13 @@ _current: ContextVar[Labels | None] = ContextVar("qkov_task", default=None)
 
 
 @contextmanager
-def task(tasks: object, *, sample_ids: object = None, num_target_tokens: object = None) -> Iterator[None]:
+def task(
+    tasks: object,
+    *,
+    sample_ids: object = None,
+    num_target_tokens: object = None,
+    token_samples: Tensor | None = None,
+) -> Iterator[None]:
     """Say which task the samples of a forward pass belong to, where the batch cannot say it.
 
     For modules that run one forward per task, and for training loops without a Trainer::
@@ -109,11 +121,13 @@ def task(tasks: object, *, sample_ids: object = None, num_target_tokens: object 
         tasks: One task (string or int) for all samples of the forward, or one per sample.
         sample_ids: Identifiers, one per sample; running numbers per task without them.
         num_target_tokens: Target tokens of each sample, for ``loss_reduction="token_mean"``.
+        token_samples: For packed sequences and flattened inputs: the sample (counted from 0) of every token of
+            the input, -1 for padding, as from :func:`samples_from_positions`.
 
     Raises:
-        ValueError: If a task is neither a string nor an int.
+        ValueError: If a task is neither a string nor an int, or a token belongs to no listed sample.
     """
-    token = _current.set(label_samples(tasks, sample_ids, num_target_tokens))
+    token = _current.set(label_samples(tasks, sample_ids, num_target_tokens, token_samples))
     try:
         yield
     finally:
@@ -125,20 +139,43 @@ def current_labels() -> Labels | None:
     return _current.get()
 
 
-def label_samples(tasks: object, sample_ids: object = None, num_target_tokens: object = None) -> Labels:
+def samples_from_positions(position_ids: Int[Tensor, "*batch token"]) -> Int[Tensor, "*batch token"]:
+    """Sample of every token of packed sequences, from positions that start again at 0 with each sample.
+
+    >>> samples_from_positions(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
+    tensor([[0, 0, 0, 1, 1],
+            [2, 3, 3, 3, 3]])
+    """
+    starts = position_ids == 0
+    starts[..., 0] = True
+    return starts.flatten().cumsum(0).view(position_ids.shape) - 1
+
+
+def label_samples(
+    tasks: object,
+    sample_ids: object = None,
+    num_target_tokens: object = None,
+    token_samples: Tensor | None = None,
+) -> Labels:
     """Labels from strings, ints, sequences or tensors of them.
 
     Raises:
-        ValueError: If a task is neither a string nor an int.
+        ValueError: If a task is neither a string nor an int, or a token belongs to no listed sample.
     """
     listed = _as_list(tasks)
     names = _task_name(listed) if not isinstance(listed, list) else tuple(_task_name(name) for name in listed)
+    if token_samples is not None and not isinstance(names, str) and int(token_samples.max()) >= len(names):
+        raise ValueError(
+            f"A token belongs to sample {int(token_samples.max())}, but there are {len(names)} tasks: expected one "
+            "task per packed sample, in the order of the samples."
+        )
     return Labels(
         tasks=names,
         ids=None if sample_ids is None else tuple(str(value) for value in _as_sequence(sample_ids)),
         num_target_tokens=None
         if num_target_tokens is None
         else tuple(int(value) for value in _as_sequence(num_target_tokens)),
+        token_samples=token_samples,
     )
 
 
@@ -147,6 +184,7 @@ def read_labels(
     task_of: str | Callable[[Any], Any],
     sample_id_of: str | Callable[[Any], Any],
     num_target_tokens_of: str | Callable[[Any], Any],
+    token_samples_of: str | Callable[[Any], Any] = "token_samples",
 ) -> Labels:
     """Labels of a batch, each from a batch key (or attribute) or from a function of the batch.
 
@@ -161,7 +199,12 @@ def read_labels(
             "Add that entry to the batch (strings or ints, one per sample or one for all), pass "
             "`task_of=<key or function of the batch>`, or wrap each forward pass in `with qkov_lightning.task(...)`."
         )
-    return label_samples(tasks, _entry(batch, sample_id_of), _entry(batch, num_target_tokens_of))
+    token_samples = _entry(batch, token_samples_of)
+    if token_samples is not None and not isinstance(token_samples, Tensor):
+        raise ValueError(f"token_samples is a {type(token_samples).__name__}, expected a tensor of ints.")
+    return label_samples(
+        tasks, _entry(batch, sample_id_of), _entry(batch, num_target_tokens_of), token_samples
+    )
 
 
 def _entry(batch: object, source: str | Callable[[Any], Any]) -> object:

@@ -20,7 +20,7 @@ class GroupedAttention(nn.Module):
         size: int = 3,
         value_size: int = 5,
         bias: bool = True,
-    ):
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads = heads, kv_heads
         self.q_proj = nn.Linear(width, heads * size, bias=bias)

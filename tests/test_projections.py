@@ -41,10 +41,11 @@ def test_a_query_group_of_zero_and_an_unknown_block_are_refused() -> None:
 
 
 def test_one_block_of_one_layer_is_placed_once() -> None:
+    twice = [projection(contiguous_heads(1, 2)), projection(contiguous_heads(1, 2))]
     with pytest.raises(
-        ValueError, match="block Q is placed twice, in `layers.0.q_proj` and in `layers.0.q_proj`"
+        ValueError, match=r"block Q is placed twice, in `layers\.0\.q_proj` and in `layers\.0\.q_proj`"
     ):
-        check_unique([projection(contiguous_heads(1, 2))] * 2)
+        check_unique(twice)
 
 
 def test_a_feature_beyond_the_module_is_refused() -> None:
