@@ -374,16 +374,17 @@ class InterferenceMonitor(Callback):
         """Every process must see what the first one writes.
 
         Raises:
-            ValueError: If this one does not.
+            ValueError: If one does not.
         """
         marker = directory / "shared"
         if trainer.is_global_zero:
             marker.touch()
         trainer.strategy.barrier("qkov_open")
-        if not marker.exists():
+        # All processes raise together: one that went on alone would wait for the others.
+        if not trainer.strategy.reduce_boolean_decision(marker.exists(), all=True):
             raise ValueError(
-                f"Process {trainer.global_rank} does not see the cache directory {directory} of process 0. Give a "
-                "`cache_dir` on a file system that all processes share."
+                f"Not every process sees the cache directory {directory} of process 0. Give a `cache_dir` on a file "
+                "system that all processes share."
             )
 
     # When it goes wrong, and when it ends

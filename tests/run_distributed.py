@@ -1,0 +1,50 @@
+"""Started by test_distributed.py in a fresh process: trains on two processes and leaves heatmaps behind."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from modules import Module, Samples, trainer
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
+
+from qkov_lightning import InterferenceMonitor
+
+
+class OwnDirectory(Callback):
+    """Each process gets a cache directory of its own, as without a shared file system."""
+
+    def __init__(self, monitor: InterferenceMonitor, root: Path) -> None:
+        self.monitor, self.root = monitor, root
+
+    def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
+        self.monitor.cache_dir = self.root / f"rank{trainer.global_rank}"
+
+
+class InOrder(Module):
+    """Deals the samples out in turn: even ones are math, odd ones code, so each of two processes sees one task."""
+
+    def train_dataloader(self) -> DataLoader:
+        world_size, samples = self.trainer.world_size, Samples(26)
+        sampler = DistributedSampler(samples, world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(samples, batch_size=4 // world_size, sampler=sampler)
+
+
+def main(root: Path, mode: str) -> None:
+    warnings.simplefilter("ignore")
+    monitor = InterferenceMonitor(every_n_steps=1)
+    callbacks: list[Callback] = [monitor]
+    if mode == "not shared":
+        callbacks.append(OwnDirectory(monitor, root))
+    processes = 1 if mode == "one process" else 2
+    settings: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {}
+    fit = trainer(root, *callbacks, max_epochs=2, use_distributed_sampler=False, **settings)
+    fit.fit(InOrder(learning_rate=0.0))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
