@@ -1,0 +1,210 @@
+"""Whatever breaks, training goes on, one warning says what happened, and the numbers say what they rest on."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from modules import Module, Samples, loader, trainer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qkov_lightning import InterferenceHeatmap, InterferenceMonitor
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
+)
+
+
+class Meddler(Callback):
+    """Does something to the cache after the third batch."""
+
+    def __init__(self, meddle: Callable[[Path], object], root: Path) -> None:
+        self.meddle, self.root = meddle, root
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        if arguments[-1] == 2:
+            (cache,) = (self.root / "interference" / "cache").iterdir()
+            self.meddle(cache)
+
+
+def plain_parameters(tmp_path: Path) -> list[Tensor]:
+    module = Module()
+    trainer(tmp_path / "plain").fit(module, loader(24))
+    return list(module.parameters())
+
+
+def assert_untouched(module: Module, tmp_path: Path) -> None:
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), plain_parameters(tmp_path), strict=True)
+    )
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[None]:
+    """As a full disk: the system refuses to let a file grow."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("file_size_limit")
+def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
+    module = Module()
+    with pytest.warns(UserWarning, match=r"switched itself off; training goes on") as caught:
+        trainer(tmp_path, InterferenceMonitor(every_n_steps=1)).fit(module, loader(24))
+    assert sum("switched itself off" in str(warning.message) for warning in caught) == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert_untouched(module, tmp_path)
+
+
+@pytest.mark.parametrize("call", ["replace", "fsync"])
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    module = Module()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path if call == "replace" else os, call, full)
+        with pytest.warns(
+            UserWarning, match=r"switched itself off; training goes on.*No space left on device"
+        ):
+            trainer(tmp_path, InterferenceMonitor(every_n_steps=1)).fit(module, loader(24))
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert_untouched(module, tmp_path)
+
+
+def test_a_cache_that_is_deleted_while_training(tmp_path: Path) -> None:
+    module, monitor = Module(), InterferenceMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="switched itself off; training goes on"):
+        trainer(tmp_path, monitor, Meddler(shutil.rmtree, tmp_path)).fit(module, loader(24))
+    assert_untouched(module, tmp_path)
+
+
+def flip_a_bit(cache: Path) -> None:
+    path = sorted(cache.glob("*.safetensors"))[0]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+
+
+def truncate(cache: Path) -> None:
+    path = sorted(cache.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, truncate])
+def test_a_damaged_file_costs_its_samples_and_the_result_says_so(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    module, monitor = Module(), InterferenceMonitor(every_n_steps=1)
+    with pytest.warns(UserWarning, match="Its samples are left out"):
+        trainer(tmp_path, monitor, Meddler(damage, tmp_path)).fit(module, loader(24))
+    counts = monitor.heatmap.num_samples[:, :, :2]
+    assert counts.max() <= 12
+    assert counts.min() == 10, "the first step held two samples of each task"
+    assert_untouched(module, tmp_path)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = InterferenceMonitor(every_n_steps=1)
+    trainer(tmp_path / "a", straight).fit(Module(), loader(24))
+    jumping = InterferenceMonitor(every_n_steps=1)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 1e6 * torch.rand(()).item())
+    trainer(tmp_path / "b", jumping).fit(Module(), loader(24))
+    assert jumping.heatmap.to_json() == straight.heatmap.to_json()
+
+
+class Poisoned(Module):
+    """One sample has an activation of a given value."""
+
+    value = torch.nan
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        if batch_idx == 1:
+            scores = self.network(batch["tokens"])
+            return scores.square().mean() + 0 * scores.sum() * self.value
+        return self.loss(batch)
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        arguments[-1]()  # computes gradients, changes nothing
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_step_with_nan_or_infinity_is_dropped_and_counted(tmp_path: Path, value: float) -> None:
+    monitor, module = InterferenceMonitor(every_n_steps=1), Poisoned()
+    module.value = value
+    trainer(tmp_path, monitor).fit(module, loader(24))
+    assert monitor.heatmap.notes["non_finite_steps"] == 1
+    assert sum(monitor.heatmap.samples_per_task.values()) == 20
+    assert not monitor.heatmap.values("math", "code")[:, :4, 0].isnan().any()
+
+
+def test_one_sample_with_a_huge_gradient_shows_in_the_standard_error(tmp_path: Path) -> None:
+    class Huge(Module):
+        def loss(self, batch: dict[str, Any]) -> Tensor:
+            weights = torch.tensor([1e6 if name == "sample-5" else 1.0 for name in batch["sample_id"]])
+            scores = self.network(batch["tokens"])
+            return (
+                weights * torch.nn.functional.cross_entropy(scores, batch["target"], reduction="none")
+            ).mean()
+
+    monitor = InterferenceMonitor(every_n_steps=1)
+    trainer(tmp_path, monitor).fit(Huge(learning_rate=0.0), loader(24))
+    value = monitor.heatmap.values("math", "code")[0, 0, 0]
+    assert value.isfinite()
+    assert monitor.heatmap.errors("math", "code")[0, 0, 0] > 0.3 * value
+    pairs = [pair for pair in monitor.heatmap.pairs if pair.task_b == "code"]
+    assert pairs[0].sample_b == "sample-5"
+
+
+HOSTILE = ("../../escape", "a\x1b[31m\r\nb", "💡 emoji", "", "[bold]markup[/]", "x" * 300)
+
+
+def test_hostile_task_names_and_sample_ids_stay_in_their_place(tmp_path: Path) -> None:
+    class Hostile(Samples):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            item = super().__getitem__(index)
+            return item | {"task": HOSTILE[index % len(HOSTILE)], "sample_id": f"../{index}\x00"}
+
+    root = tmp_path / "inside"
+    monitor = InterferenceMonitor(every_n_steps=1, num_hot_cells=1)
+    trainer(root, monitor).fit(Module(), DataLoader(Hostile(24), batch_size=6))
+    assert set(monitor.heatmap.tasks) == set(HOSTILE)
+    assert [path.name for path in tmp_path.iterdir()] == ["inside"]
+    read = InterferenceHeatmap.load(root / "interference" / "latest.json")
+    assert read.tasks == monitor.heatmap.tasks
+    assert {pair.sample_a for pair in read.pairs} <= {f"../{index}\x00" for index in range(24)}
+
+
+def test_ten_thousand_tasks_are_refused_by_name_and_training_goes_on(tmp_path: Path) -> None:
+    module = Module()
+    monitor = InterferenceMonitor(
+        every_n_steps=1, task_of=lambda batch: [f"{i}-{batch['sample_id'][0]}" for i in range(5000)]
+    )
+
+    class Many(Samples):
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return super().__getitem__(index % 24)
+
+        def __len__(self) -> int:
+            return 10_000
+
+    with pytest.warns(
+        UserWarning, match=r"10000 tasks .* make .* cells.*Is `task_of` the identifier of a sample\?"
+    ):
+        trainer(tmp_path, monitor).fit(module, DataLoader(Many(24), batch_size=5000))
+    assert monitor.heatmap is None
