@@ -15,7 +15,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qkov_lightning.figures import Scale, score_scale
+from qkov_lightning.facets import Scale
+from qkov_lightning.figures import score_scale
 from qkov_lightning.heatmap import Cell, InterferenceHeatmap, printable
 from qkov_lightning.projections import BLOCKS, Block
 
