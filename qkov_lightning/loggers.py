@@ -93,9 +93,12 @@ def _mlflow(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int
 
 
 def _comet(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:
+    from PIL import Image
+
     for (a, b, score), image in images.items():
         name = f"{score}: {b} pushes on {a}, {caption(heatmap)}"
-        logger.experiment.log_image(image, name=name, step=step)
+        # Comet rescales arrays, which overflows in uint8, and only logs the error.
+        logger.experiment.log_image(Image.fromarray(image), name=name, step=step)
     rows = [list(row) for row in cell_rows(heatmap)]
     logger.experiment.log_table(
         f"interference_cells_step_{heatmap.step:08d}.csv", tabular_data=rows, headers=list(COLUMNS)

@@ -39,11 +39,13 @@ def make_heatmap(
         }  # fmt: skip
         infos.append(Layer(f"layers.{layer}.attention", blocks))
     scores = {"interference": 10 * values, "relative": 2 * values, "cosine": 2 * values - 1}
-    errors = {name: 0.05 + 0 * values for name in scores}
+    errors = dict.fromkeys(scores, 0.05 + 0 * values)
     pairs = tuple(
         SamplePair(tasks[0], f"a{i}", tasks[-1], f"b{i}", 0, 0, "Q", float(9 - i)) for i in range(3)
     )
-    return InterferenceHeatmap(tasks, tuple(infos), scores, errors, counts, step, epoch, pairs, {"batches": 7})
+    return InterferenceHeatmap(
+        tasks, tuple(infos), scores, errors, counts, step, epoch, pairs, {"batches": 7}
+    )
 
 
 class TinyAttention(nn.Module):

@@ -1,5 +1,7 @@
 """The figure shows every cell where it is, on one scale, and says what is missing."""
 
+import itertools
+
 import matplotlib
 import numpy as np
 import pytest
@@ -95,7 +97,7 @@ def test_labels_do_not_overlap_and_fit_in_the_picture(layers: int, heads: int, k
                 (getattr(box, f"{edge}0"), getattr(box, f"{edge}1"))
                 for box in (label.get_window_extent() for label in labels if label.get_text())
             )
-            assert all(first[1] <= second[0] for first, second in zip(boxes, boxes[1:], strict=False))
+            assert all(first[1] <= second[0] for first, second in itertools.pairwise(boxes))
     for text in figure.texts:
         box = text.get_window_extent()
         assert box.x0 >= 0
