@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from jsonargparse import auto_cli
 from rich.console import Console
 
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.report import find_latest, load_history, write_report
 from qkov_lightning.terminal import overview
 
 
@@ -19,28 +22,39 @@ def show(run: Path, top: int = 10) -> None:
         run: A heatmap file, or a folder that holds one somewhere below (the newest is shown).
         top: Number of hottest cells per task pair.
     """
-    Console().print(overview(load_run(run), top))
+    Console().print(overview(InterferenceHeatmap.load(find_latest(run)), top))
 
 
-def load_run(run: Path) -> InterferenceHeatmap:
-    """The newest heatmap at or below a path.
+def report(runs: list[Path], output: Path = Path("report.html")) -> None:
+    """Write one self-contained HTML page that opens without a network.
 
-    Raises:
-        FileNotFoundError: If there is none.
+    Args:
+        runs: Heatmap files, or folders that hold one somewhere below with its snapshots.
+        output: The page.
     """
-    if run.is_file():
-        return InterferenceHeatmap.load(run)
-    found = sorted(run.rglob("latest.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"No heatmap at {run}: expected a heatmap file, or a folder with a `latest.json` below."
-        )
-    return InterferenceHeatmap.load(found[-1])
+    write_report([load_history(run) for run in runs], output)
+    Console().print(f"Wrote {output}", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
     """Entry point of the ``qkov`` command."""
     try:
-        auto_cli({"show": show}, description="See where in a transformer several tasks interfere.")
-    except (FileNotFoundError, HeatmapError) as error:
+        auto_cli(
+            {"show": show, "report": report},
+            args=_arguments(sys.argv[1:]),
+            description="See where in a transformer several tasks interfere.",
+        )
+    except (FileNotFoundError, HeatmapError, ModuleNotFoundError) as error:
         sys.exit(f"qkov: {error}")
+
+
+def _arguments(given: list[str]) -> list[str]:
+    """``report RUN... -o FILE`` in the form of the parser, which takes a list as one argument in JSON."""
+    if given[:1] != ["report"]:
+        return given
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("-o", "--output")
+    known, rest = parser.parse_known_args(given[1:])
+    runs = [json.dumps(known.runs)] if known.runs else []
+    return ["report", *runs, *(["--output", known.output] if known.output else []), *rest]
