@@ -6,23 +6,52 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
-from qkov_lightning.report import find_latest, load_history, write_report
-from qkov_lightning.terminal import overview
+from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
+from qkov_lightning.projections import Block
+from qkov_lightning.report import find_latest, find_step, load_history, write_report
+from qkov_lightning.tables import COLUMNS, SelectionError, select, selected_rows, to_csv, to_json
+from qkov_lightning.terminal import markdown_table, overview
 
 
-def show(run: Path, top: int = 10) -> None:
-    """Show a heatmap in the terminal.
+def show(
+    run: Path,
+    pair: str | None = None,
+    block: Block | None = None,
+    score: str = "interference",
+    top: int | None = None,
+    step: int | None = None,
+    format: Literal["table", "json", "csv", "markdown"] = "table",
+) -> None:
+    """Show a heatmap in the terminal, or print it for another program.
 
     Args:
         run: A heatmap file, or a folder that holds one somewhere below (the newest is shown).
-        top: Number of hottest cells per task pair.
+        pair: One task pair, as in the names of scalars and figures: ``<task_a>__<task_b>``.
+        block: One block.
+        score: Score to draw and to sort by.
+        top: Most cells per task pair; 10 in a table, all of them in json and csv.
+        step: A snapshot instead of the newest heatmap.
+        format: "table" for people, "json", "csv" or "markdown" for everything else.
     """
-    Console().print(overview(InterferenceHeatmap.load(find_latest(run)), top))
+    heatmap = InterferenceHeatmap.load(find_latest(run) if step is None else find_step(run, step))
+    if top is None and format in {"table", "markdown"}:
+        top = 10
+    selection = select(heatmap, pair, score, block, top)
+    if format == "table":
+        Console().print(overview(heatmap, selection))
+    elif format == "markdown":
+        for a, b in selection.pairs:
+            title = f"{printable(b)} pushes on {printable(a)}: {selection.score}"
+            sys.stdout.write(f"**{title}**\n\n{markdown_table(heatmap, a, b, selection)}\n\n")
+    elif format == "csv":
+        sys.stdout.write(to_csv(COLUMNS, selected_rows(heatmap, selection)))
+    else:
+        sys.stdout.write(to_json(COLUMNS, selected_rows(heatmap, selection)) + "\n")
 
 
 def report(runs: list[Path], output: Path = Path("report.html")) -> None:
@@ -44,7 +73,7 @@ def main() -> None:
             args=_arguments(sys.argv[1:]),
             description="See where in a transformer several tasks interfere.",
         )
-    except (FileNotFoundError, HeatmapError, ModuleNotFoundError) as error:
+    except (FileNotFoundError, HeatmapError, SelectionError, ModuleNotFoundError) as error:
         sys.exit(f"qkov: {error}")
 
 

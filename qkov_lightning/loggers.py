@@ -10,7 +10,7 @@ import numpy as np
 
 from qkov_lightning.heatmap import InterferenceHeatmap, safe_name
 from qkov_lightning.interactive import interactive_heatmap
-from qkov_lightning.tables import COLUMNS, cell_rows, to_csv
+from qkov_lightning.tables import COLUMNS, cell_rows, select, to_csv
 from qkov_lightning.terminal import markdown_table
 
 Images = dict[tuple[str, str, str], np.ndarray]
@@ -50,7 +50,7 @@ def _tensorboard(logger: Any, heatmap: InterferenceHeatmap, images: Images, step
             f"interference_{score}/{safe_name(a)}__{safe_name(b)}", image, step, dataformats="HWC"
         )
     for a, b in heatmap.task_pairs:
-        text = f"**{b} pushes on {a}** ({caption(heatmap)})\n\n{markdown_table(heatmap, a, b)}"
+        text = f"**{b} pushes on {a}** ({caption(heatmap)})\n\n{markdown_table(heatmap, a, b, select(heatmap, top=10))}"
         logger.experiment.add_text(f"hottest_cells/{safe_name(a)}__{safe_name(b)}", text, step)
 
 

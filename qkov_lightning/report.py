@@ -14,6 +14,7 @@ from qkov_lightning.facets import scale_of
 from qkov_lightning.figures import NOISE, num_heads_of
 from qkov_lightning.heatmap import InterferenceHeatmap, printable
 from qkov_lightning.interactive import colour_axis, facet_data, interactive_heatmap, require_plotly
+from qkov_lightning.tables import SelectionError
 
 MAX_NUMBERS = 3_000_000
 """Numbers in one page, about 25 MB: beyond, snapshots are left out evenly, and the page says so."""
@@ -52,6 +53,30 @@ def find_latest(run: Path) -> Path:
             f"No heatmap at {run}: expected a heatmap file, or a folder with a `latest.json` below."
         )
     return found[-1]
+
+
+def find_step(run: Path, step: int) -> Path:
+    """The snapshot of a run at a step.
+
+    Args:
+        run: As for ``find_latest``.
+        step: Optimiser steps done.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError: If there is no heatmap.
+        SelectionError: If there is none of that step.
+    """
+    folder = find_latest(run).parent / "snapshots"
+    path = folder / f"step_{step:08d}.json"
+    if not path.is_file():
+        steps = ", ".join(
+            str(int(found.stem.removeprefix("step_"))) for found in sorted(folder.glob("step_*.json"))
+        )
+        raise SelectionError(f"No snapshot of step {step} in {folder}; there are {steps or 'none'}.")
+    return path
 
 
 def load_history(run: Path) -> RunHistory:

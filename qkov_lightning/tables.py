@@ -7,11 +7,13 @@ import io
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkov_lightning.heatmap import InterferenceHeatmap, safe_name
-from qkov_lightning.projections import BLOCKS
+from qkov_lightning.drift import FALLING
+from qkov_lightning.heatmap import Cell, InterferenceHeatmap, safe_name
+from qkov_lightning.projections import BLOCKS, Block
 
 COLUMNS = (
     "step", "epoch", "task_a", "task_b", "layer", "layer_name", "head", "block", "score", "value",
@@ -20,6 +22,81 @@ COLUMNS = (
 """Columns of a row."""
 
 Row = tuple[Any, ...]
+
+
+class SelectionError(ValueError):
+    """A heatmap has no such pair, score or step."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which part of a heatmap to show.
+
+    Attributes:
+        pairs: Ordered task pairs.
+        score: Score that is drawn and sorted by.
+        block: The only block, or all.
+        top: Most cells per pair, or all.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    score: str
+    block: Block | None = None
+    top: int | None = None
+
+    def cells(self, heatmap: InterferenceHeatmap, a: str, b: str) -> list[Cell]:
+        """Cells of a pair, the ones with most interference first."""
+        cells = [c for c in heatmap.cells(a, b, self.score) if self.block in {None, c.block}]
+        return (cells[::-1] if self.score in FALLING else cells)[: self.top]
+
+
+def select(
+    heatmap: InterferenceHeatmap,
+    pair: str | None = None,
+    score: str = "interference",
+    block: Block | None = None,
+    top: int | None = None,
+) -> Selection:
+    """A checked selection.
+
+    Args:
+        heatmap: What to select from.
+        pair: As in the names of scalars and figures, ``<task_a>__<task_b>``; all pairs of different tasks by default.
+        score: Which score.
+        block: The only block.
+        top: Most cells per pair.
+
+    Returns:
+        The selection.
+
+    Raises:
+        SelectionError: If the heatmap has no such pair or score.
+    """
+    if score not in heatmap.scores:
+        raise SelectionError(f"Unknown score {score!r}; this heatmap has {', '.join(heatmap.scores)}.")
+    if pair is None:
+        return Selection(heatmap.task_pairs, score, block, top)
+    for a in heatmap.tasks:
+        for b in heatmap.tasks:
+            if pair in {f"{a}__{b}", f"{safe_name(a)}__{safe_name(b)}"}:
+                return Selection(((a, b),), score, block, top)
+    known = ", ".join(f"{safe_name(a)}__{safe_name(b)}" for a, b in heatmap.task_pairs)
+    raise SelectionError(f"Unknown pair {pair!r}; this heatmap has {known}, and each task with itself.")
+
+
+def selected_rows(heatmap: InterferenceHeatmap, selection: Selection) -> Iterator[Row]:
+    """Rows of the selected cells in the order of ``COLUMNS``, hottest first in each pair.
+
+    Args:
+        heatmap: The result.
+        selection: Which part.
+
+    Yields:
+        A row per cell.
+    """
+    for a, b in selection.pairs:
+        for cell in selection.cells(heatmap, a, b):
+            yield _row(heatmap, a, b, cell.layer, cell.head, BLOCKS.index(cell.block), selection.score)
 
 
 def cell_rows(heatmap: InterferenceHeatmap) -> Iterator[Row]:
@@ -31,17 +108,19 @@ def cell_rows(heatmap: InterferenceHeatmap) -> Iterator[Row]:
     Yields:
         Rows in the order of ``COLUMNS``: pair, score, layer, head, block.
     """
-    for i, a in enumerate(heatmap.tasks):
-        for j, b in enumerate(heatmap.tasks):
+    for a in heatmap.tasks:
+        for b in heatmap.tasks:
             for score in heatmap.scores:
-                values, errors = heatmap.values(a, b, score), heatmap.errors(a, b, score)
-                for layer, head, block in (~values.isnan()).nonzero().tolist():
-                    at = (layer, head, block)
-                    yield (
-                        heatmap.step, heatmap.epoch, a, b, layer, heatmap.layers[layer].name, head, BLOCKS[block],
-                        score, float(values[at]), float(errors[at]), int(heatmap.num_samples[i][at]),
-                        int(heatmap.num_samples[j][at]),
-                    )  # fmt: skip
+                for layer, head, block in (~heatmap.values(a, b, score).isnan()).nonzero().tolist():
+                    yield _row(heatmap, a, b, layer, head, block, score)
+
+
+def _row(heatmap: InterferenceHeatmap, a: str, b: str, layer: int, head: int, block: int, score: str) -> Row:
+    at = (layer, head, block)
+    samples_a, samples_b = (int(heatmap.num_samples[heatmap.tasks.index(task)][at]) for task in (a, b))
+    value, error = float(heatmap.values(a, b, score)[at]), float(heatmap.errors(a, b, score)[at])
+    return (heatmap.step, heatmap.epoch, a, b, layer, heatmap.layers[layer].name, head, BLOCKS[block], score,
+            value, error, samples_a, samples_b)  # fmt: skip
 
 
 def to_csv(columns: Sequence[str], rows: Iterator[Row] | Sequence[Row]) -> str:
@@ -51,6 +130,15 @@ def to_csv(columns: Sequence[str], rows: Iterator[Row] | Sequence[Row]) -> str:
     writer.writerow(columns)
     writer.writerows(rows)
     return text.getvalue()
+
+
+def to_json(columns: Sequence[str], rows: Iterator[Row] | Sequence[Row]) -> str:
+    """JSON text: a list of objects, null for what is not a number."""
+    objects = [
+        {name: None if value != value else value for name, value in zip(columns, row, strict=True)}
+        for row in rows
+    ]
+    return json.dumps(objects, ensure_ascii=False, indent=1, allow_nan=False)
 
 
 def metrics(heatmap: InterferenceHeatmap) -> dict[str, Any]:
