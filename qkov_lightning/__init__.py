@@ -7,6 +7,7 @@ from qkov_lightning.drift import DriftReport, NotComparableError, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
 from qkov_lightning.interference import head_interference
+from qkov_lightning.loggers import register_logger
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.projections import Block, Projection, contiguous_heads
@@ -32,6 +33,7 @@ __all__ = [
     "find_projections",
     "head_interference",
     "register_architecture",
+    "register_logger",
     "samples_from_positions",
     "task",
 ]

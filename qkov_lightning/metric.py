@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
+from qkov_lightning.facets import draw_strip, scale_of
 from qkov_lightning.interference import MIN_SAMPLES, SCORES, slice_statistics
 from qkov_lightning.projections import BLOCKS, Block
 
@@ -135,6 +138,45 @@ class HeadInterference(Metric):
             result[f"{score}_standard_error"] = getattr(self, f"{score}_variance_sum").sqrt() / self.num_pairs
         result["num_samples"] = self.num_samples
         return result
+
+    def plot(
+        self,
+        val: dict[str, Tensor] | None = None,
+        ax: Axes | None = None,
+        *,
+        score: str = "relative",
+        pair: tuple[str, str] | None = None,
+    ) -> tuple[Figure, Axes]:
+        """Draw one score of one task pair: blocks side by side, layers down, heads across.
+
+        Args:
+            val: What ``compute`` returned; computed by default.
+            ax: Where to draw; a new figure by default.
+            score: Which score.
+            pair: Task whose sensitivity is measured, and task that pushes; the first two tasks by default.
+
+        Returns:
+            The figure and the axis.
+
+        Raises:
+            ValueError: If a task or the score is unknown.
+        """
+        result = self.compute() if val is None else val
+        if score not in SCORES:
+            raise ValueError(f"Unknown score {score!r}; there are {', '.join(SCORES)}.")
+        first, second = self._indices(pair or (self.tasks[0], self.tasks[-1 if len(self.tasks) < 2 else 1]))
+        values = result[score].detach().cpu().double()
+        largest = float(values.nan_to_num(0.0).max())
+        if ax is None:
+            from matplotlib import pyplot  # chooses a display, so only when one is asked for
+
+            _, ax = pyplot.subplots()
+        draw_strip(ax, values[first, second].numpy(), scale_of(score, len(self.tasks), largest))
+        ax.set_title(f"{score}: {self.tasks[second]} pushes on {self.tasks[first]}")
+        figure = ax.get_figure(root=True)
+        if figure is None:
+            raise ValueError("ax belongs to no figure; make it with `Figure.add_subplot`.")
+        return figure, ax
 
     def _indices(self, tasks: Sequence[str]) -> Tensor:
         unknown = sorted(set(tasks) - set(self.tasks))

@@ -25,6 +25,7 @@ from qkov_lightning.loggers import send
 from qkov_lightning.measurement import measure_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
+from qkov_lightning.tables import write_tables
 from qkov_lightning.terminal import epoch_table, print_beside_bar
 
 
@@ -117,6 +118,7 @@ class InterferenceMonitor(Callback):
         self._run_id = ""
         self._restored: dict[str, Any] | None = None
         self._switched_off = False
+        self._failed_loggers: set[int] = set()
         self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
         self._fisher_step = 0
         self._checkpointed: list[tuple[int, int]] = []
@@ -260,12 +262,14 @@ class InterferenceMonitor(Callback):
         try:
             heatmap.save(self._results / "snapshots" / f"step_{heatmap.step:08d}.json")
             heatmap.save(self._results / "latest.json")
+            write_tables(heatmap, self._results)
             for (a, b, score), image in images.items():
                 save_image(image, self._results / "figures" / f"{score}_{safe_name(a)}__{safe_name(b)}.png")
         except OSError as error:
             warnings.warn(f"The interference heatmap could not be written: {error}", stacklevel=2)
         # The step that Lightning gives to validation metrics, so that figures stand beside them.
-        send(trainer.loggers, heatmap, images, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        send(trainer.loggers, heatmap, images, step, self._failed_loggers)
         print_beside_bar(trainer.progress_bar_callback, epoch_table(heatmap))
 
     @property

@@ -15,57 +15,71 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qkov_lightning.figures import Scale, score_scale
+from qkov_lightning.facets import Scale
+from qkov_lightning.figures import score_scale
 from qkov_lightning.heatmap import Cell, InterferenceHeatmap, printable
 from qkov_lightning.projections import BLOCKS, Block
+from qkov_lightning.tables import Selection, select
 
-SHADES = " ░▒▓█"
+SHADES = "·░▒▓█"
+"""From the low end of the scale to the high one; a blank is no head at all."""
 
 
-def heatmap_panel(heatmap: InterferenceHeatmap, a: str, b: str, score: str = "interference") -> Panel:
-    """The four blocks of a task pair, layers down, heads across; shades tell the values without colour too."""
+def heatmap_panel(
+    heatmap: InterferenceHeatmap, a: str, b: str, score: str = "interference", block: Block | None = None
+) -> Panel:
+    """The blocks of a task pair, layers down, heads across; shades tell the values without colour too."""
     scale = score_scale(heatmap, score)
-    blocks = [_block(heatmap, a, b, score, block, scale) for block in BLOCKS]
+    blocks = [_block(heatmap, a, b, score, one, scale) for one in BLOCKS if block in {None, one}]
     samples = heatmap.samples_per_task
-    title = (
-        f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}, {scale.low:.3g} to {scale.high:.3g}"
-    )
+    title = f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}"
     subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {_plain(a)} {samples[a]}, {_plain(b)} {samples[b]}"
+    legend = Text(f"{SHADES} is {scale.low:.3g} to {scale.high:.3g}   // no data   xx frozen", style="dim")
     return Panel(
-        Columns(blocks, padding=(0, 3)), title=title, subtitle=subtitle, title_align="left", expand=False
+        Group(Columns(blocks, padding=(0, 3)), legend),
+        title=title,
+        subtitle=subtitle,
+        title_align="left",
+        expand=False,
     )
 
 
-def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 10) -> Table:
-    """The cells of a task pair with the highest interference, with all scores and their standard errors."""
+def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selection) -> Table:
+    """The hottest selected cells of a task pair, with all scores and their standard errors."""
     table = Table(
         title=f"Hottest cells: {_plain(b)} pushes on {_plain(a)}", title_justify="left", title_style="bold"
     )
     table.add_column("cell")
     for score in heatmap.scores:
         table.add_column(score, justify="right")
-    for cell in heatmap.cells(a, b)[:top]:
+    for cell in selection.cells(heatmap, a, b):
         table.add_row(cell.name, *_with_errors(heatmap, cell))
     return table
 
 
-def pair_lines(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 3) -> Text:
+def pair_lines(
+    heatmap: InterferenceHeatmap, a: str, b: str, block: Block | None = None, top: int = 3
+) -> Text:
     """The strongest sample pairs of a task pair, in words."""
-    pairs = [pair for pair in heatmap.pairs if (pair.task_a, pair.task_b) == (a, b)][:top]
-    return Text("\n".join(str(pair) for pair in pairs))
+    pairs = [
+        pair for pair in heatmap.pairs if (pair.task_a, pair.task_b) == (a, b) and block in {None, pair.block}
+    ]
+    return Text("\n".join(printable(str(pair)) for pair in pairs[:top]))
 
 
-def overview(heatmap: InterferenceHeatmap, top: int = 10) -> Group:
-    """Every pair of different tasks: heatmap, hottest cells, sample pairs; then what the cells are called."""
+def overview(heatmap: InterferenceHeatmap, selection: Selection | None = None) -> Group:
+    """Every selected pair: heatmap, hottest cells, sample pairs; then what the layers are called."""
+    if selection is None:
+        selection = select(heatmap, top=10)
     parts: list[RenderableType] = []
-    for a, b in heatmap.task_pairs:
+    for a, b in selection.pairs:
         parts += [
-            heatmap_panel(heatmap, a, b),
-            hottest_table(heatmap, a, b, top),
-            pair_lines(heatmap, a, b),
+            heatmap_panel(heatmap, a, b, selection.score, selection.block),
+            hottest_table(heatmap, a, b, selection),
+            pair_lines(heatmap, a, b, selection.block),
             "",
         ]
-    names = [layer.name for layer in heatmap.layers]
+    names = [printable(layer.name) for layer in heatmap.layers]
     parts.append(
         Text(
             f"L0 is {names[0]}" + (f", L{len(names) - 1} is {names[-1]}" if len(names) > 1 else ""),
@@ -96,10 +110,13 @@ def epoch_table(heatmap: InterferenceHeatmap) -> Table:
     return table
 
 
-def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 10) -> str:
+def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selection) -> str:
     """``hottest_table`` in Markdown."""
     header = ["cell", "layer", *heatmap.scores]
-    rows = [[c.name, f"`{c.layer_name}`", *_with_errors(heatmap, c)] for c in heatmap.cells(a, b)[:top]]
+    rows = [
+        [cell.name, f"`{cell.layer_name}`", *_with_errors(heatmap, cell)]
+        for cell in selection.cells(heatmap, a, b)
+    ]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -129,17 +146,20 @@ def plus_minus(value: float, error: float) -> str:
 def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Block, scale: Scale) -> Text:
     values = heatmap.values(a, b, score)[:, :, BLOCKS.index(block)]
     heads = max([1, *(layer.blocks[block].num_heads for layer in heatmap.layers if block in layer.blocks)])
+    # Two characters are about as wide as high; with many heads one must do, to fit into 80 columns.
+    width = 2 if heads <= 34 else 1
     text = Text(f"   {block}\n", style="bold")
     for index, layer in enumerate(heatmap.layers):
         text.append(f"{index:>2} ", style="not bold dim")
         for head in range(heads):
             info = layer.blocks.get(block)
             if info is None or head >= info.num_heads:
-                text.append("  ")
+                text.append(" " * width)
             elif info.status == "frozen":
-                text.append("xx", style="not bold dim")
+                text.append("x" * width, style="not bold dim")
             else:
-                text.append(*_shade(float(values[index, head]), scale))
+                character, style = _shade(float(values[index, head]), scale)
+                text.append(character * width, style)
         text.append("\n")
     text.rstrip()
     return text
@@ -147,10 +167,10 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Bloc
 
 def _shade(value: float, scale: Scale) -> tuple[str, str]:
     if math.isnan(value):
-        return "//", "not bold dim"
+        return "/", "not bold dim"
     share = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low or 1.0)))
     red, green, blue, _ = (round(255 * part) for part in colormaps[scale.colormap](share))
-    return SHADES[min(4, int(share * 5))] * 2, f"rgb({red},{green},{blue}) on grey11"
+    return SHADES[min(4, int(share * 5))], f"rgb({red},{green},{blue}) on grey11"
 
 
 def _plain(name: str) -> str:

@@ -1,0 +1,188 @@
+"""The terminal shows the heatmap at 80 columns and without colour, and prints it for other programs."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+from synthetic import make_heatmap
+
+from qkov_lightning import InterferenceHeatmap, cli
+from qkov_lightning.tables import COLUMNS, cell_rows, metrics, select, write_tables
+from qkov_lightning.terminal import SHADES, heatmap_panel, overview
+
+
+def plain(renderable: RenderableType, width: int = 80) -> list[str]:
+    console = Console(width=width, color_system=None, file=io.StringIO(), legacy_windows=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get().splitlines()
+
+
+def qkov(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    monkeypatch.setattr("sys.argv", ["qkov", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "80")
+    cli.main()
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for step in (120, 240):
+        heatmap = make_heatmap(step=step, epoch=step // 120 - 1, seed=step)
+        heatmap.save(tmp_path / "snapshots" / f"step_{step:08d}.json")
+        heatmap.save(tmp_path / "latest.json")
+    return tmp_path
+
+
+def test_without_colour_every_cell_is_told_by_its_shade() -> None:
+    heatmap = make_heatmap()
+    lines = plain(heatmap_panel(heatmap, "math", "code", "relative", "O"))
+    rows = [line.strip("│ ").split() for line in lines[2:5]]
+    for layer, (label, cells) in enumerate(rows):
+        assert label == str(layer)
+        if layer == 1:
+            assert cells == "xx" * 4
+            continue
+        shares = (heatmap.values("math", "code", "relative")[layer, :, 3] / 2).tolist()
+        assert cells == "".join(2 * SHADES[int(share * 5)] for share in shares)
+
+
+def test_no_data_frozen_and_no_such_head_look_different() -> None:
+    lines = plain(heatmap_panel(make_heatmap(), "math", "code", block="Q"))
+    assert lines[2].strip("│ ").split()[1][2:4] == "//"
+    assert lines[3].strip("│ ").split()[1] == "xxxxxxxx"
+    assert "// no data   xx frozen" in lines[5]
+
+
+@pytest.mark.parametrize("heads", [4, 16, 32, 64])
+def test_everything_fits_into_80_columns(heads: int) -> None:
+    heatmap = make_heatmap(12, heads, heads)
+    for line in plain(overview(heatmap)):
+        assert len(line) <= 80
+    text = "\n".join(plain(heatmap_panel(heatmap, "math", "code", block="O")))
+    rows = [line for line in text.splitlines() if line.startswith(("│ 11 ", "│  2 "))]
+    cells = heads * (2 if heads <= 34 else 1)
+    assert [len(row.strip("│ ").split()[1]) for row in rows] == [cells, cells]
+
+
+def test_task_names_can_neither_break_the_line_nor_pass_for_markup() -> None:
+    text = "\n".join(plain(overview(make_heatmap(tasks=("[red]a\n", "b\x1b[2J"))), 200))
+    assert "[red]a" in text
+    assert "\x1b" not in text
+
+
+def test_show_prints_pair_block_score_and_top_that_were_asked_for(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = qkov(monkeypatch, capsys, "show", run, "--pair", "code__math", "--block", "V", "--score", "cosine",
+                "--top", 2)  # fmt: skip
+    assert "math pushes on code: cosine" in text
+    assert "code pushes on math" not in text
+    heatmap = InterferenceHeatmap.load(run / "latest.json")
+    lowest = [c.name for c in reversed(heatmap.cells("code", "math", "cosine")) if c.block == "V"][:2]
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("│ L")] == lowest
+    assert "epoch 1, step 240" in text
+
+
+def test_show_takes_a_step_and_a_pair_of_a_task_with_itself(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = qkov(monkeypatch, capsys, "show", run, "--step", 120, "--pair", "math__math")
+    assert "math pushes on math: interference" in text
+    assert "epoch 0, step 120" in text
+
+
+def test_csv_and_json_hold_every_cell_unrounded(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heatmap = InterferenceHeatmap.load(run / "latest.json")
+    rows = list(csv.DictReader(io.StringIO(qkov(monkeypatch, capsys, "show", run, "--format", "csv"))))
+    cells = [cell for a, b in heatmap.task_pairs for cell in heatmap.cells(a, b)]
+    assert [(r["task_a"], r["block"], float(r["value"])) for r in rows] == [
+        (c.task_a, c.block, c.value) for c in cells
+    ]
+    objects = json.loads(qkov(monkeypatch, capsys, "show", run, "--format", "json", "--top", 1))
+    assert [one["value"] for one in objects] == [heatmap.cells(a, b)[0].value for a, b in heatmap.task_pairs]
+    assert set(objects[0]) == set(COLUMNS)
+
+
+def test_markdown_is_a_table_per_pair(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = qkov(monkeypatch, capsys, "show", run, "--format", "markdown")
+    assert (
+        text.count("| cell | layer | interference | relative | cosine |\n| --- | --- | --- | --- | --- |\n")
+        == 2
+    )
+    assert text.count("| L") == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--pair", "maths"),
+            r"^qkov: Unknown pair 'maths'; this heatmap has math__code, code__math, and each",
+        ),
+        (
+            ("--score", "heat"),
+            r"^qkov: Unknown score 'heat'; this heatmap has interference, relative, cosine",
+        ),
+        (("--step", 7), r"^qkov: No snapshot of step 7 in .*; there are 120, 240\.$"),
+    ],
+)
+def test_what_the_run_does_not_have_is_refused_in_one_line(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple,
+    message: str,
+) -> None:
+    with pytest.raises(SystemExit, match=message):
+        qkov(monkeypatch, capsys, "show", run, *arguments)
+
+
+def test_cells_file_has_every_pair_score_and_cell_with_data_and_its_samples(tmp_path: Path) -> None:
+    heatmap = make_heatmap()
+    heatmap.num_samples[1].fill_(40)
+    write_tables(heatmap, tmp_path)
+    rows = list(csv.DictReader((tmp_path / "cells.csv").read_text().splitlines()))
+    # Two layers with data of 4 + 2 + 2 + 4 heads, one cell missing; 4 pairs with the controls; 3 scores.
+    assert len(rows) == (2 * 12 - 1) * 4 * 3
+    for row in rows:
+        at = int(row["layer"]), int(row["head"]), "QKVO".index(row["block"])
+        a, b, score = row["task_a"], row["task_b"], row["score"]
+        assert float(row["value"]) == float(heatmap.values(a, b, score)[at])
+        assert float(row["standard_error"]) == float(heatmap.errors(a, b, score)[at])
+        assert (row["step"], row["epoch"]) == ("120", "3")
+        samples = {"math": "50", "code": "40"}
+        assert (row["num_samples_a"], row["num_samples_b"]) == (samples[a], samples[b])
+    assert len({tuple(row.values())[2:9] for row in rows}) == len(rows)
+
+
+def test_metrics_file_is_nested_numbers_only_and_leaves_out_what_has_no_data(tmp_path: Path) -> None:
+    heatmap = make_heatmap()
+    for values in heatmap.scores.values():
+        values[..., 1] = float("nan")
+    write_tables(heatmap, tmp_path)
+    read = json.loads((tmp_path / "metrics.json").read_text())
+    assert read == metrics(heatmap)
+    values = heatmap.values("math", "code", "cosine")
+    entry = read["math__code"]["cosine"]
+    known = [v for v in values.flatten().tolist() if v == v]
+    assert entry["mean"] == pytest.approx(sum(known) / len(known))
+    assert (entry["min"], entry["max"]) == (min(known), max(known))
+    assert list(entry["block_means"]) == ["Q", "V", "O"]
+
+
+def test_rows_that_are_selected_are_rows_of_the_cells_file() -> None:
+    from qkov_lightning.tables import selected_rows
+
+    heatmap = make_heatmap()
+    every = set(cell_rows(heatmap))
+    chosen = list(selected_rows(heatmap, select(heatmap, score="relative", block="K")))
+    assert set(chosen) <= every
+    assert len(chosen) == 2 * 4
