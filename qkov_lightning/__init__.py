@@ -3,7 +3,8 @@
 from qkov_lightning.architectures import ArchitectureError, find_projections, register_architecture
 from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CaptureWarning, GradientCapture
-from qkov_lightning.drift import DriftReport, NotComparableError, check_drift
+from qkov_lightning.comparability import NotComparableError
+from qkov_lightning.drift import DriftReport, Finding, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
 from qkov_lightning.interference import head_interference
@@ -19,6 +20,7 @@ __all__ = [
     "CaptureWarning",
     "DriftReport",
     "EmpiricalFisher",
+    "Finding",
     "GradientCache",
     "GradientCapture",
     "HeadInterference",
