@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
 from rich.console import Console
 
-from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
+from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
 from qkov_lightning.terminal import overview
+
+BASELINE = Path("interference-baseline.json")
 
 
 def show(run: Path, top: int = 10) -> None:
@@ -38,9 +44,102 @@ def load_run(run: Path) -> InterferenceHeatmap:
     return InterferenceHeatmap.load(found[-1])
 
 
+def gate(
+    run: Path,
+    baseline: Path = BASELINE,
+    tolerance: float = 0.05,
+    alpha: float = 0.05,
+    scores: tuple[str, ...] = ("relative", "cosine"),
+    min_samples: int = 16,
+    format: Format = "text",
+    junitxml: Path | None = None,
+) -> int:
+    """Fail if interference rose beyond noise. Exit status: 0 no drift, 1 drift, 2 wrong usage, 3 not comparable.
+
+    Never writes the baseline: `qkov baseline update` does. Where the environment has GITHUB_STEP_SUMMARY, the
+    report is added to that file in Markdown.
+
+    Args:
+        run: A heatmap file, or a folder that holds one somewhere below (the newest is judged).
+        baseline: File of the heatmap that is accepted.
+        tolerance: Rise that is allowed, in units of the score.
+        alpha: Chance of a false alarm that is allowed.
+        scores: Scores to judge by.
+        min_samples: Samples that every task needs.
+        format: text, markdown, json or github (annotations).
+        junitxml: File for a report as JUnit XML.
+    """
+    command = _update_command(run, baseline)
+    verdict = judge(
+        lambda: load_baseline(baseline, command),
+        lambda: load_run(run),
+        update_command=command,
+        format=format,
+        scores=scores,
+        tolerance=tolerance,
+        alpha=alpha,
+        min_samples=min_samples,
+    )
+    if junitxml is not None:
+        junitxml.parent.mkdir(parents=True, exist_ok=True)
+        junitxml.write_text(verdict.junit, encoding="utf-8")
+    if os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as summary:
+            summary.write(verdict.summary + "\n")
+    sys.stdout.write(verdict.output)
+    return verdict.status
+
+
+def diff(a: Path, b: Path, tolerance: float = 0.0, format: Format = "text") -> None:
+    """Show what rose from one heatmap to another. Exit status 0, whatever it finds.
+
+    Args:
+        a: A heatmap file, or a folder that holds one somewhere below (the newest is taken).
+        b: The same, for the later heatmap.
+        tolerance: Rise that is not worth a word, in units of the score.
+        format: text, markdown, json or github (annotations).
+    """
+    verdict = judge(
+        lambda: load_run(a), lambda: load_run(b), format=format, tolerance=tolerance, min_samples=2
+    )
+    sys.stdout.write(verdict.output)
+
+
+def update_baseline(run: Path, baseline: Path = BASELINE) -> None:
+    """Accept a heatmap as the baseline of `qkov gate`.
+
+    Args:
+        run: A heatmap file, or a folder that holds one somewhere below (the newest is taken).
+        baseline: File to write.
+    """
+    heatmap = load_run(run)
+    heatmap.save(baseline)
+    counts = ", ".join(f"{task} {count}" for task, count in heatmap.samples_per_task.items())
+    sys.stdout.write(f"{baseline}: step {heatmap.step}, samples: {printable(counts)}\n")
+
+
+def _update_command(run: Path, baseline: Path) -> str:
+    return shlex.join(["qkov", "baseline", "update", str(run), "--baseline", str(baseline)])
+
+
 def main() -> None:
     """Entry point of the ``qkov`` command."""
+    commands: dict[str, Any] = {
+        "show": show,
+        "gate": gate,
+        "diff": diff,
+        "baseline": {"_help": "The accepted heatmap of `qkov gate`.", "update": update_baseline},
+    }
     try:
-        auto_cli({"show": show}, description="See where in a transformer several tasks interfere.")
-    except (FileNotFoundError, HeatmapError) as error:
-        sys.exit(f"qkov: {error}")
+        status = auto_cli(commands, description="See where in a transformer several tasks interfere.")
+    except HeatmapError as error:
+        _stop(error, NOT_COMPARABLE)
+    except (OSError, ValueError) as error:
+        _stop(error, WRONG_USAGE)
+    sys.exit(status)
+
+
+def _stop(error: Exception, status: int) -> NoReturn:
+    """Never status 1, which `qkov gate` keeps for drift."""
+    sys.stderr.write(f"qkov: {error}\n")
+    sys.exit(status)
