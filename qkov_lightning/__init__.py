@@ -10,6 +10,7 @@ from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
 from qkov_lightning.interference import head_interference
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
+from qkov_lightning.probe import probe_interference
 from qkov_lightning.projections import Block, Projection, contiguous_heads
 from qkov_lightning.samples import task
 
@@ -33,6 +34,7 @@ __all__ = [
     "contiguous_heads",
     "find_projections",
     "head_interference",
+    "probe_interference",
     "register_architecture",
     "task",
 ]

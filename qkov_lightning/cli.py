@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import auto_cli
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
+from torch import Tensor, nn
 
+from qkov_lightning.capture import LossReduction
 from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
-from qkov_lightning.terminal import overview
+from qkov_lightning.probe import find_probe, load_weights, probe_interference
+from qkov_lightning.terminal import epoch_table, overview
 
 BASELINE = Path("interference-baseline.json")
 
@@ -42,6 +47,50 @@ def load_run(run: Path) -> InterferenceHeatmap:
             f"No heatmap at {run}: expected a heatmap file, or a folder with a `latest.json` below."
         )
     return InterferenceHeatmap.load(found[-1])
+
+
+def probe(
+    checkpoint: Path,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    hook: str = "probe_dataloader",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_reduction: LossReduction = "mean",
+    task_of: str = "task",
+    output: Path = Path("interference-probe.json"),
+) -> None:
+    """Measure the interference of fixed samples at the weights of a checkpoint.
+
+    Args:
+        checkpoint: Checkpoint that Lightning wrote.
+        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel --model.width 64`).
+        data: LightningDataModule that has the samples.
+        hook: Method of the data module (or the model) that returns their DataLoader.
+        loss: Function of the model and a batch; the model's `training_step` without it.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
+        task_of: Batch key that gives the task of each sample.
+        output: File to write.
+
+    Raises:
+        ValueError: If the model or the data is missing.
+    """
+    if model is None or data is None:
+        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
+    step, epoch = load_weights(model, checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    heatmap = probe_interference(
+        model,
+        find_probe(hook, data, model),
+        loss=loss,
+        loss_reduction=loss_reduction,
+        task_of=task_of,
+        step=step,
+        epoch=epoch,
+    )
+    heatmap.save(output)
+    Console().print(epoch_table(heatmap))
+    sys.stdout.write(f"{output}\n")
 
 
 def gate(
@@ -126,10 +175,13 @@ def main() -> None:
     """Entry point of the ``qkov`` command."""
     commands: dict[str, Any] = {
         "show": show,
+        "probe": probe,
         "gate": gate,
         "diff": diff,
         "baseline": {"_help": "The accepted heatmap of `qkov gate`.", "update": update_baseline},
     }
+    # Classes in the current folder can be named, as with `python -m`.
+    sys.path.insert(0, str(Path.cwd()))
     try:
         status = auto_cli(commands, description="See where in a transformer several tasks interfere.")
     except HeatmapError as error:
