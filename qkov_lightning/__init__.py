@@ -3,13 +3,15 @@
 from qkov_lightning.architectures import ArchitectureError, find_projections, register_architecture
 from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CaptureWarning, GradientCapture
-from qkov_lightning.drift import DriftReport, NotComparableError, check_drift
+from qkov_lightning.comparability import NotComparableError
+from qkov_lightning.drift import DriftReport, Finding, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
 from qkov_lightning.interference import head_interference
 from qkov_lightning.loggers import register_logger
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
+from qkov_lightning.probe import probe_interference
 from qkov_lightning.projections import Block, Projection, contiguous_heads
 from qkov_lightning.samples import samples_from_positions, task
 
@@ -20,6 +22,7 @@ __all__ = [
     "CaptureWarning",
     "DriftReport",
     "EmpiricalFisher",
+    "Finding",
     "GradientCache",
     "GradientCapture",
     "HeadInterference",
@@ -32,6 +35,7 @@ __all__ = [
     "contiguous_heads",
     "find_projections",
     "head_interference",
+    "probe_interference",
     "register_architecture",
     "register_logger",
     "samples_from_positions",

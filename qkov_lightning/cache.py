@@ -112,7 +112,7 @@ class GradientCache:
         self._own = self._scan_own()
 
     def append(self, step: int, captured: Sequence[CapturedStep]) -> None:
-        """Add one training step, then drop what the budget no longer covers.
+        """Add one training step, or more samples of it, then drop what the budget no longer covers.
 
         Args:
             step: Training batch, counted from 0 over the whole run.
@@ -121,7 +121,8 @@ class GradientCache:
         Raises:
             CacheError: If the file cannot be written, or is larger than the whole budget.
         """
-        for part, one in enumerate(captured):
+        earlier_parts = sum(record.step == step for record in self._own)
+        for part, one in enumerate(captured, start=earlier_parts):
             path = self.directory / f"{step:010d}-{self._rank:05d}-{part:03d}.safetensors"
             tensors, header = _pack(one)
             header |= {"schema": SCHEMA_VERSION, "step": step, "rank": self._rank}

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 from jsonargparse import auto_cli
+from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
+from torch import Tensor, nn
 
+from qkov_lightning.capture import LossReduction
+from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
+from qkov_lightning.probe import find_probe, load_weights, probe_interference
 from qkov_lightning.projections import Block
 from qkov_lightning.report import find_latest, find_step, load_history, write_report
-from qkov_lightning.tables import COLUMNS, SelectionError, select, selected_rows, to_csv, to_json
-from qkov_lightning.terminal import markdown_table, overview
+from qkov_lightning.tables import COLUMNS, select, selected_rows, to_csv, to_json
+from qkov_lightning.terminal import epoch_table, markdown_table, overview
+
+BASELINE = Path("interference-baseline.json")
 
 
 def show(
@@ -65,16 +75,161 @@ def report(runs: list[Path], output: Path = Path("report.html")) -> None:
     Console().print(f"Wrote {output}", soft_wrap=True, highlight=False)
 
 
+def probe(
+    checkpoint: Path,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    hook: str = "probe_dataloader",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_reduction: LossReduction = "mean",
+    task_of: str = "task",
+    output: Path = Path("interference-probe.json"),
+) -> None:
+    """Measure the interference of fixed samples at the weights of a checkpoint.
+
+    Args:
+        checkpoint: Checkpoint that Lightning wrote.
+        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel --model.width 64`).
+        data: LightningDataModule that has the samples.
+        hook: Method of the data module (or the model) that returns their DataLoader.
+        loss: Function of the model and a batch; the model's `training_step` without it.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
+        task_of: Batch key that gives the task of each sample.
+        output: File to write.
+
+    Raises:
+        ValueError: If the model or the data is missing.
+    """
+    if model is None or data is None:
+        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
+    step, epoch = load_weights(model, checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    heatmap = probe_interference(
+        model,
+        find_probe(hook, data, model),
+        loss=loss,
+        loss_reduction=loss_reduction,
+        task_of=task_of,
+        step=step,
+        epoch=epoch,
+    )
+    heatmap.save(output)
+    Console().print(epoch_table(heatmap))
+    sys.stdout.write(f"{output}\n")
+
+
+def gate(
+    run: Path,
+    baseline: Path = BASELINE,
+    tolerance: float = 0.05,
+    alpha: float = 0.05,
+    scores: tuple[str, ...] = ("relative", "cosine"),
+    min_samples: int = 16,
+    format: Format = "text",
+    junitxml: Path | None = None,
+) -> int:
+    """Fail if interference rose beyond noise. Exit status: 0 no drift, 1 drift, 2 wrong usage, 3 not comparable.
+
+    Never writes the baseline: `qkov baseline update` does. Where the environment has GITHUB_STEP_SUMMARY, the
+    report is added to that file in Markdown.
+
+    Args:
+        run: A heatmap file, or a folder that holds one somewhere below (the newest is judged).
+        baseline: File of the heatmap that is accepted.
+        tolerance: Rise that is allowed, in units of the score.
+        alpha: Chance of a false alarm that is allowed.
+        scores: Scores to judge by.
+        min_samples: Samples that every task needs.
+        format: text, markdown, json or github (annotations).
+        junitxml: File for a report as JUnit XML.
+    """
+    command = _update_command(run, baseline)
+    verdict = judge(
+        lambda: load_baseline(baseline, command),
+        lambda: _load_run(run),
+        update_command=command,
+        format=format,
+        scores=scores,
+        tolerance=tolerance,
+        alpha=alpha,
+        min_samples=min_samples,
+    )
+    if junitxml is not None:
+        junitxml.parent.mkdir(parents=True, exist_ok=True)
+        junitxml.write_text(verdict.junit, encoding="utf-8")
+    if os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(os.environ["GITHUB_STEP_SUMMARY"]).open("a", encoding="utf-8") as summary:
+            summary.write(verdict.summary + "\n")
+    sys.stdout.write(verdict.output)
+    return verdict.status
+
+
+def diff(a: Path, b: Path, tolerance: float = 0.0, format: Format = "text") -> None:
+    """Show what rose from one heatmap to another. Exit status 0, whatever it finds.
+
+    Args:
+        a: A heatmap file, or a folder that holds one somewhere below (the newest is taken).
+        b: The same, for the later heatmap.
+        tolerance: Rise that is not worth a word, in units of the score.
+        format: text, markdown, json or github (annotations).
+    """
+    verdict = judge(
+        lambda: _load_run(a), lambda: _load_run(b), format=format, tolerance=tolerance, min_samples=2
+    )
+    sys.stdout.write(verdict.output)
+
+
+def update_baseline(run: Path, baseline: Path = BASELINE) -> None:
+    """Accept a heatmap as the baseline of `qkov gate`.
+
+    Args:
+        run: A heatmap file, or a folder that holds one somewhere below (the newest is taken).
+        baseline: File to write.
+    """
+    heatmap = _load_run(run)
+    heatmap.save(baseline)
+    counts = ", ".join(f"{task} {count}" for task, count in heatmap.samples_per_task.items())
+    sys.stdout.write(f"{baseline}: step {heatmap.step}, samples: {printable(counts)}\n")
+
+
+def _load_run(run: Path) -> InterferenceHeatmap:
+    return InterferenceHeatmap.load(find_latest(run))
+
+
+def _update_command(run: Path, baseline: Path) -> str:
+    return shlex.join(["qkov", "baseline", "update", str(run), "--baseline", str(baseline)])
+
+
 def main() -> None:
     """Entry point of the ``qkov`` command."""
+    commands: dict[str, Any] = {
+        "show": show,
+        "report": report,
+        "probe": probe,
+        "gate": gate,
+        "diff": diff,
+        "baseline": {"_help": "The accepted heatmap of `qkov gate`.", "update": update_baseline},
+    }
+    # Classes in the current folder can be named, as with `python -m`.
+    sys.path.insert(0, str(Path.cwd()))
     try:
-        auto_cli(
-            {"show": show, "report": report},
+        status = auto_cli(
+            commands,
             args=_arguments(sys.argv[1:]),
             description="See where in a transformer several tasks interfere.",
         )
-    except (FileNotFoundError, HeatmapError, SelectionError, ModuleNotFoundError) as error:
-        sys.exit(f"qkov: {error}")
+    except HeatmapError as error:
+        _stop(error, NOT_COMPARABLE)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        _stop(error, WRONG_USAGE)
+    sys.exit(status)
+
+
+def _stop(error: Exception, status: int) -> NoReturn:
+    """Never status 1, which `qkov gate` keeps for drift."""
+    sys.stderr.write(f"qkov: {error}\n")
+    sys.exit(status)
 
 
 def _arguments(given: list[str]) -> list[str]:

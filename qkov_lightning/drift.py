@@ -1,51 +1,86 @@
-"""Two heatmaps to a verdict: did interference rise beyond noise, and where?"""
+r"""Two heatmaps to a verdict: did interference rise beyond noise, and where?
+
+Judged are every cell, the mean of every block and the maximum of every task pair. For each of them
+
+.. math:: t = (\text{rise} - \text{tolerance}) / \sqrt{s_0^2 + s_1^2}
+
+with the standard errors :math:`s_0, s_1` of the two heatmaps (Welch 1947), against Student's distribution with
+one degree of freedom less than the smallest task has samples, the least that Welch's formula can give.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
+from jaxtyping import Bool
+from scipy import special, stats
 from torch import Tensor
 
+from qkov_lightning.comparability import NotComparableError, check_comparable
 from qkov_lightning.heatmap import InterferenceHeatmap
 from qkov_lightning.projections import BLOCKS, Block
 
 FALLING = ("cosine",)
 """Scores that fall when interference rises."""
 
+SYMMETRIC = ("cosine",)
+"""Scores that do not change when the two tasks change places: judged once a pair."""
 
-class NotComparableError(ValueError):
-    """The two heatmaps do not measure the same cells."""
+NUM_NEAREST = 10
+
+Kind = Literal["cell", "block mean", "maximum"]
+KINDS: tuple[Kind, ...] = ("cell", "block mean", "maximum")
 
 
 @dataclass(frozen=True)
-class DriftedCell:
-    """A cell in which interference rose.
+class Finding:
+    """One quantity that was judged.
 
     Attributes:
+        kind: A cell, the mean of a block over layers and heads, or the maximum over all cells.
         score: Score that shows it.
         task_a: Task whose sensitivity is measured.
         task_b: Task that pushes.
-        layer: Position of the layer.
-        head: Head within the block.
-        block: "Q", "K", "V" or "O".
+        layer: Position of the layer; None for the mean of a block.
+        layer_name: Label of the layer; None for the mean of a block.
+        head: Head within the block; None for the mean of a block.
+        block: "Q", "K", "V" or "O". For a maximum: where it is now, like ``layer`` and ``head``.
         baseline: Value in the baseline.
         current: Value now.
-        standard_error: Standard error of the difference.
-        p_value: Chance of such a rise without drift beyond the tolerance, adjusted for the number of cells.
+        rise: Growth of interference: ``current - baseline``, the other way round for ``cosine``.
+        standard_error: Standard error of the rise.
+        lower_bound: Lower confidence bound of the rise, corrected for the number of quantities judged
+            (Benjamini & Yekutieli 2005): above the tolerance exactly where there is drift.
+        p_value: Chance of such a rise without drift beyond the tolerance, adjusted in the same way
+            (Benjamini & Hochberg 1995).
     """
 
+    kind: Kind
     score: str
     task_a: str
     task_b: str
-    layer: int
-    head: int
+    layer: int | None
+    layer_name: str | None
+    head: int | None
     block: Block
     baseline: float
     current: float
+    rise: float
     standard_error: float
+    lower_bound: float
     p_value: float
+
+    @property
+    def name(self) -> str:
+        """Short name, as in ``L15.H8.O``, ``mean of O`` or ``maximum (L15.H8.O)``."""
+        if self.kind == "block mean":
+            return f"mean of {self.block}"
+        cell = f"L{self.layer}.H{self.head}.{self.block}"
+        return cell if self.kind == "cell" else f"maximum ({cell})"
 
 
 @dataclass(frozen=True)
@@ -53,21 +88,34 @@ class DriftReport:
     """Verdict on a pair of heatmaps.
 
     Attributes:
-        cells: Cells that drifted, the surest first.
-        num_cells: Cells that were compared, over all pairs and scores.
-        tolerance: Rise that is allowed.
-        alpha: Share of false alarms that is allowed.
+        findings: What drifted: cells first, then block means, then maxima, the surest first.
+        nearest: The ten surest of what did not.
+        num_tests: Quantities that were judged.
+        scores: Scores that were judged.
+        tasks: Tasks that were compared.
+        tolerance: Rise that is allowed, in units of the score.
+        alpha: Chance of a false alarm that is allowed.
+        num_samples: Samples of the smallest task, in the baseline and now.
     """
 
-    cells: tuple[DriftedCell, ...]
-    num_cells: int
+    findings: tuple[Finding, ...]
+    nearest: tuple[Finding, ...]
+    num_tests: int
+    scores: tuple[str, ...]
+    tasks: tuple[str, ...]
     tolerance: float
     alpha: float
+    num_samples: tuple[int, int]
 
     @property
     def drifted(self) -> bool:
-        """Whether any cell drifted."""
-        return bool(self.cells)
+        """Whether anything drifted."""
+        return bool(self.findings)
+
+    @property
+    def cells(self) -> tuple[Finding, ...]:
+        """Cells that drifted, the surest first."""
+        return tuple(finding for finding in self.findings if finding.kind == "cell")
 
 
 def check_drift(
@@ -77,12 +125,12 @@ def check_drift(
     scores: Sequence[str] = ("relative", "cosine"),
     tolerance: float = 0.05,
     alpha: float = 0.05,
+    min_samples: int = 16,
 ) -> DriftReport:
-    """Compare every cell of every pair of different tasks.
+    """Judge every cell, block mean and maximum of every pair of different tasks.
 
-    A cell drifts if its score rose (fell, for ``cosine``) by more than the tolerance, by a one-sided z-test
-    of the difference with the standard errors of both heatmaps, corrected over all cells and scores by
-    Benjamini & Hochberg (1995).
+    A quantity drifts if the lower confidence bound of its rise, corrected for all quantities by Benjamini &
+    Hochberg (1995), exceeds the tolerance. Where nothing drifts, the chance of any alarm is at most ``alpha``.
 
     Args:
         baseline: What is accepted.
@@ -90,82 +138,162 @@ def check_drift(
         scores: Scores to judge by, dimensionless ones by default.
         tolerance: Rise that is allowed, in units of the score.
         alpha: False discovery rate; without any drift, the chance of a false alarm.
+        min_samples: Samples that every task needs in every cell. Standard errors from fewer are too rough.
 
     Returns:
         The report.
 
     Raises:
-        NotComparableError: If tasks, head maps or scores differ, or a cell has data in one of the two only.
-        ValueError: If the tolerance is negative or alpha is outside (0, 1).
+        NotComparableError: If tasks, head maps, scores or conditions differ, data is missing, or there are
+            too few samples.
+        ValueError: If the tolerance is negative, alpha is outside (0, 0.5), or ``min_samples`` is below 2.
     """
-    if tolerance < 0 or not 0 < alpha < 1:
+    if not 0 <= tolerance < float("inf") or not 0 < alpha < 0.5 or min_samples < 2 or not scores:
         raise ValueError(
-            f"tolerance is {tolerance} and alpha {alpha}, expected tolerance >= 0 and 0 < alpha < 1."
+            f"tolerance is {tolerance}, alpha {alpha}, min_samples {min_samples} and scores {list(scores)}, expected "
+            "tolerance >= 0, 0 < alpha < 0.5, min_samples >= 2 and at least one score."
         )
-    _check_comparable(baseline, current, scores)
-    different = ~torch.eye(len(baseline.tasks), dtype=torch.bool)
-    cells, p_values, deltas = [], [], []
-    for score in scores:
-        old, new = baseline.scores[score], current.scores[score]
-        rise = (old - new) if score in FALLING else (new - old)
-        error = (baseline.standard_errors[score].square() + current.standard_errors[score].square()).sqrt()
-        index = (different[:, :, None, None, None] & ~old.isnan()).nonzero()
-        at = tuple(index.T)
-        excess = rise[at] - tolerance
-        z = torch.where(error[at] > 0, excess / error[at], torch.where(excess > 0, torch.inf, -torch.inf))
-        cells += [(score, *row) for row in index.tolist()]
-        p_values.append(torch.special.ndtr(-z))
-        deltas.append(error[at])
-    p_value, errors = _adjusted(torch.cat(p_values)), torch.cat(deltas)
-    drifted = []
-    for position in (p_value <= alpha).nonzero().flatten().tolist():
-        score, a, b, layer, head, block = cells[position]
-        drifted.append(
-            DriftedCell(
-                score, baseline.tasks[a], baseline.tasks[b], layer, head, BLOCKS[block],
-                float(baseline.scores[score][a, b, layer, head, block]),
-                float(current.scores[score][a, b, layer, head, block]),
-                float(errors[position]), float(p_value[position]),
-            )
-        )  # fmt: skip
-    drifted.sort(key=lambda cell: cell.p_value)
-    return DriftReport(tuple(drifted), len(cells), tolerance, alpha)
-
-
-def _adjusted(p_values: Tensor) -> Tensor:
-    """Benjamini-Hochberg: the smallest false discovery rate at which each test would be reported."""
-    order = p_values.argsort(descending=True)
-    rank = torch.arange(len(p_values), 0, -1, dtype=p_values.dtype)
-    adjusted = torch.empty_like(p_values)
-    adjusted[order] = (p_values[order] * len(p_values) / rank).cummin(dim=0).values.clamp(max=1)
-    return adjusted
-
-
-def _check_comparable(
-    baseline: InterferenceHeatmap, current: InterferenceHeatmap, scores: Sequence[str]
-) -> None:
-    if baseline.tasks != current.tasks:
+    scores = tuple(dict.fromkeys(scores))
+    measured = check_comparable(baseline, current, scores)
+    order = [current.tasks.index(task) for task in baseline.tasks]
+    num_samples = (
+        int(baseline.num_samples[:, measured].min()),
+        int(current.num_samples[order][:, measured].min()),
+    )
+    if min(num_samples) < min_samples:
         raise NotComparableError(
-            f"The baseline has tasks {baseline.tasks}, the current heatmap {current.tasks}."
+            f"The smallest task has {num_samples[0]} samples in the baseline and {num_samples[1]} in the current heatmap, "
+            f"expected at least {min_samples}: measure more samples of every task, or lower min_samples."
         )
-    maps = [
-        [{b: (i.num_heads, i.query_group) for b, i in layer.blocks.items()} for layer in h.layers]
-        for h in (baseline, current)
+    judged = [
+        quantity
+        for score in scores
+        for a, b in _pairs(len(baseline.tasks), score)
+        for quantity in _quantities(baseline, current, score, (a, b), (order[a], order[b]), measured)
     ]
-    if maps[0] != maps[1]:
-        raise NotComparableError("The two heatmaps come from models with different layers or heads.")
-    for score in scores:
-        if score not in baseline.scores or score not in current.scores:
-            raise NotComparableError(
-                f"Score {score!r} is not in both heatmaps; they have {list(current.scores)}."
-            )
-        lost = baseline.scores[score].isnan() != current.scores[score].isnan()
-        if bool(lost.any()):
-            a, b, layer, head, block = lost.nonzero()[0].tolist()
-            raise NotComparableError(
-                f"{int(lost.sum())} values of {score!r} have data in only one of the heatmaps, the first at "
-                f"{baseline.tasks[a]} x {baseline.tasks[b]}, L{layer}.H{head}.{BLOCKS[block]}. Missing data is not "
-                "'no drift': measure both with at least two samples of every task."
-            )
-        if bool(baseline.scores[score].isnan().all()):
-            raise NotComparableError(f"Neither heatmap has any data for {score!r}.")
+    return _decide(judged, baseline, num_samples, scores, tolerance, alpha)
+
+
+@dataclass(frozen=True, eq=False)
+class _Quantities:
+    """All quantities of one kind of one pair and score: flat tensors, one entry each."""
+
+    kind: Kind
+    score: str
+    tasks: tuple[str, str]
+    places: list[tuple[int, int, int]]
+    baseline: Tensor
+    current: Tensor
+    standard_error: Tensor
+
+
+def _pairs(num_tasks: int, score: str) -> list[tuple[int, int]]:
+    ordered = [(a, b) for a in range(num_tasks) for b in range(num_tasks) if a != b]
+    return [(a, b) for a, b in ordered if a < b or score not in SYMMETRIC]
+
+
+def _quantities(
+    baseline: InterferenceHeatmap,
+    current: InterferenceHeatmap,
+    score: str,
+    old_pair: tuple[int, int],
+    new_pair: tuple[int, int],
+    measured: Bool[Tensor, "layer head block"],
+) -> list[_Quantities]:
+    places = [(layer, head, block) for layer, head, block in measured.nonzero().tolist()]
+    old, new = baseline.scores[score][old_pair][measured], current.scores[score][new_pair][measured]
+    old_error = baseline.standard_errors[score][old_pair][measured]
+    new_error = current.standard_errors[score][new_pair][measured]
+    tasks = (baseline.tasks[old_pair[0]], baseline.tasks[old_pair[1]])
+    cells = _Quantities("cell", score, tasks, places, old, new, torch.hypot(old_error, new_error))
+
+    # The heatmaps do not hold how cells vary together. Were they one and the same cell up to scale, the standard
+    # error of the mean would be the mean of the standard errors; it is never more.
+    blocks = torch.tensor([block for _, _, block in places])
+    present = blocks.unique().tolist()
+    means = _Quantities(
+        "block mean", score, tasks, [(-1, -1, block) for block in present],
+        *(
+            torch.stack([values[blocks == block].mean() for block in present])
+            for values in (old, new, torch.hypot(*(_means(errors, blocks) for errors in (old_error, new_error))))
+        ),
+    )  # fmt: skip
+
+    # The variance of a maximum is at most the largest variance (Gaussian Poincare inequality).
+    sign = -1 if score in FALLING else 1
+    at_old, at_new = (int((sign * values).argmax()) for values in (old, new))
+    maximum = _Quantities(
+        "maximum", score, tasks, [places[at_new]], old[at_old : at_old + 1], new[at_new : at_new + 1],
+        torch.hypot(old_error.max(), new_error.max()).unsqueeze(0),
+    )  # fmt: skip
+    return [cells, means, maximum]
+
+
+def _means(errors: Tensor, blocks: Tensor) -> Tensor:
+    """Mean over the cells of each cell's own block."""
+    result = torch.empty_like(errors)
+    for block in blocks.unique():
+        result[blocks == block] = errors[blocks == block].mean()
+    return result
+
+
+def _decide(
+    judged: Sequence[_Quantities],
+    baseline: InterferenceHeatmap,
+    num_samples: tuple[int, int],
+    scores: tuple[str, ...],
+    tolerance: float,
+    alpha: float,
+) -> DriftReport:
+    old, new, error = (
+        torch.cat([getattr(one, name) for one in judged]).double().numpy()
+        for name in ("baseline", "current", "standard_error")
+    )
+    sign = np.concatenate([np.full(len(one.places), -1.0 if one.score in FALLING else 1.0) for one in judged])
+    freedom = min(num_samples) - 1
+    rise = sign * (new - old)
+    excess = rise - tolerance
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = np.where(error > 0, excess / error, np.where(excess > 0, np.inf, -np.inf))
+    raw = special.stdtr(freedom, -t)
+    p_value = stats.false_discovery_control(raw)
+    drifted = p_value <= alpha
+    level = alpha * max(1, int(drifted.sum())) / len(raw)
+    lower = rise + special.stdtrit(freedom, level) * error
+    origin = [(one, place) for one in judged for place in one.places]
+
+    def finding(index: int) -> Finding:
+        one, (layer, head, block) = origin[index]
+        somewhere = one.kind != "block mean"
+        return Finding(
+            kind=one.kind,
+            score=one.score,
+            task_a=one.tasks[0],
+            task_b=one.tasks[1],
+            layer=layer if somewhere else None,
+            layer_name=baseline.layers[layer].name if somewhere else None,
+            head=head if somewhere else None,
+            block=BLOCKS[block],
+            baseline=float(old[index]),
+            current=float(new[index]),
+            rise=float(rise[index]),
+            standard_error=float(error[index]),
+            lower_bound=float(lower[index]),
+            p_value=float(p_value[index]),
+        )
+
+    surest = np.lexsort((-rise, -t, raw)).tolist()
+    found = sorted(
+        (finding(index) for index in surest if drifted[index]), key=lambda one: KINDS.index(one.kind)
+    )
+    nearest = [index for index in surest if not drifted[index]][:NUM_NEAREST]
+    return DriftReport(
+        findings=tuple(found),
+        nearest=tuple(map(finding, nearest)),
+        num_tests=len(raw),
+        scores=scores,
+        tasks=baseline.tasks,
+        tolerance=tolerance,
+        alpha=alpha,
+        num_samples=num_samples,
+    )

@@ -23,6 +23,7 @@ from qkov_lightning.figures import heatmap_figure, render, save_image
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair, safe_name
 from qkov_lightning.loggers import send
 from qkov_lightning.measurement import measure_interference
+from qkov_lightning.probe import Probe, find_probe, probe_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
 from qkov_lightning.tables import write_tables
@@ -57,6 +58,8 @@ class InterferenceMonitor(Callback):
         damping: Added to the Fisher, relative to its mean over a slice.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         projections: Head map; found by ``find_projections`` by default.
+        probe: Samples to measure at the weights of the moment, instead of those that training happens to see: a
+            DataLoader, or the name of the data module's method that returns one. See ``probe_interference``.
         name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
 
     Raises:
@@ -82,6 +85,7 @@ class InterferenceMonitor(Callback):
         damping: float = 1e-3,
         num_hot_cells: int = 10,
         projections: Sequence[Projection] | None = None,
+        probe: str | Probe | None = None,
         name: str = "interference",
     ) -> None:
         _check(
@@ -109,6 +113,7 @@ class InterferenceMonitor(Callback):
         self.damping = damping
         self.num_hot_cells = num_hot_cells
         self.projections = projections
+        self.probe = probe
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
         self._capture: GradientCapture | None = None
@@ -133,6 +138,8 @@ class InterferenceMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Place the heads and install the taps, before anything is compiled."""
         self._projections = list(self.projections or find_projections(pl_module))
+        if self.probe is not None:
+            return
         numbering = self._capture.numbering if self._capture else Counter()
         self._capture = GradientCapture(
             pl_module, self._projections, self.loss_reduction, trainer.global_rank, trainer.world_size
@@ -215,25 +222,28 @@ class InterferenceMonitor(Callback):
         trainer.strategy.barrier("qkov_measure")
         step = self._counters["batches"]
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                heatmap = measure_interference(
-                    self._cache,
-                    self._projections,
-                    pl_module,
-                    fisher_directory=self._fisher_directory(step),
-                    previous_fisher=self._fisher_directory(self._fisher_step),
-                    folded_until=self._fisher_step,
-                    fisher_decay=self.fisher_decay,
-                    damping=self.damping,
-                    num_hot_cells=self.num_hot_cells,
-                    device=pl_module.device,
-                    rank=trainer.global_rank,
-                    world_size=trainer.world_size,
-                    gather=lambda pairs: _gather(pairs, trainer),
-                    step=trainer.global_step,
-                    epoch=trainer.current_epoch,
-                    notes=dict(self._counters),
-                )
+            if self.probe is not None:
+                heatmap = self._measure_probe(trainer, pl_module, self.probe)
+            else:
+                with torch.inference_mode(False), torch.no_grad():
+                    heatmap = measure_interference(
+                        self._cache,
+                        self._projections,
+                        pl_module,
+                        fisher_directory=self._fisher_directory(step),
+                        previous_fisher=self._fisher_directory(self._fisher_step),
+                        folded_until=self._fisher_step,
+                        fisher_decay=self.fisher_decay,
+                        damping=self.damping,
+                        num_hot_cells=self.num_hot_cells,
+                        device=pl_module.device,
+                        rank=trainer.global_rank,
+                        world_size=trainer.world_size,
+                        gather=lambda pairs: _gather(pairs, trainer),
+                        step=trainer.global_step,
+                        epoch=trainer.current_epoch,
+                        notes=dict(self._counters),
+                    )
         except CacheError as error:
             self._switch_off(error)
             return
@@ -242,6 +252,27 @@ class InterferenceMonitor(Callback):
         if heatmap is not None:
             self.heatmap = heatmap
             self._publish(trainer, pl_module, heatmap)
+
+    def _measure_probe(
+        self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe
+    ) -> InterferenceHeatmap | None:
+        with trainer.precision_plugin.train_step_context():
+            return probe_interference(
+                pl_module,
+                find_probe(probe, getattr(trainer, "datamodule", None), pl_module),
+                loss_reduction=self.loss_reduction,
+                task_of=self.task_of,
+                sample_id_of=self.sample_id_of,
+                num_target_tokens_of=self.num_target_tokens_of,
+                projections=self._projections,
+                damping=self.damping,
+                num_hot_cells=self.num_hot_cells,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                gather=lambda pairs: _gather(pairs, trainer),
+                step=trainer.global_step,
+                epoch=trainer.current_epoch,
+            )
 
     # Where it shows
 
