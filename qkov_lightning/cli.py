@@ -223,7 +223,8 @@ def main() -> None:
         _stop(error, NOT_COMPARABLE)
     except (OSError, ValueError, ModuleNotFoundError) as error:
         _stop(error, WRONG_USAGE)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _stop(error: Exception, status: int) -> NoReturn:
