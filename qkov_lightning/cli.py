@@ -38,7 +38,7 @@ def show(
         step: A snapshot instead of the newest heatmap.
         format: "table" for people, "json", "csv" or "markdown" for everything else.
     """
-    heatmap = InterferenceHeatmap.load(find_latest(run) if step is None else find_step(run, step))
+    heatmap = load_run(run) if step is None else InterferenceHeatmap.load(find_step(run, step))
     if top is None and format in {"table", "markdown"}:
         top = 10
     selection = select(heatmap, pair, score, block, top)
@@ -63,6 +63,11 @@ def report(runs: list[Path], output: Path = Path("report.html")) -> None:
     """
     write_report([load_history(run) for run in runs], output)
     Console().print(f"Wrote {output}", soft_wrap=True, highlight=False)
+
+
+def load_run(run: Path) -> InterferenceHeatmap:
+    """The newest heatmap at or below a path."""
+    return InterferenceHeatmap.load(find_latest(run))
 
 
 def main() -> None:
