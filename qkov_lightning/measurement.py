@@ -101,6 +101,7 @@ def measure_interference(
     step: int = 0,
     epoch: int = 0,
     notes: dict[str, Any] | None = None,
+    on_projection: Callable[[], None] = lambda: None,
 ) -> InterferenceHeatmap | None:
     """Fold the new steps into the Fisher, score every cell, and find the sample pairs of the hottest.
 
@@ -121,6 +122,7 @@ def measure_interference(
         step: Optimiser steps done, for the result.
         epoch: Epoch, for the result.
         notes: Facts about the run, for the result.
+        on_projection: Called when one of the projections is done, to show progress.
 
     Returns:
         The heatmap, the same in every process; None if the cache is empty.
@@ -153,6 +155,7 @@ def measure_interference(
             metric.update(
                 gradients, indices, fisher.pooled().to(device), layer=projection.layer, block=projection.block
             )
+        on_projection()
     result = {name: value.cpu() for name, value in metric.compute().items()}
     heatmap = InterferenceHeatmap(
         tasks=tuple(tasks),

@@ -27,7 +27,7 @@ from qkov_lightning.probe import Probe, find_probe, probe_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
 from qkov_lightning.tables import write_tables
-from qkov_lightning.terminal import epoch_table, print_beside_bar
+from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
 
 
 class InterferenceMonitor(Callback):
@@ -221,11 +221,13 @@ class InterferenceMonitor(Callback):
             return
         trainer.strategy.barrier("qkov_measure")
         step = self._counters["batches"]
+        own = [one for one in self._projections if one.layer % trainer.world_size == trainer.global_rank]
+        bar = progress_task(trainer.progress_bar_callback, len(own))
         try:
             if self.probe is not None:
                 heatmap = self._measure_probe(trainer, pl_module, self.probe)
             else:
-                with torch.inference_mode(False), torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad(), bar as advance:
                     heatmap = measure_interference(
                         self._cache,
                         self._projections,
@@ -243,6 +245,7 @@ class InterferenceMonitor(Callback):
                         step=trainer.global_step,
                         epoch=trainer.current_epoch,
                         notes=dict(self._counters),
+                        on_projection=advance,
                     )
         except CacheError as error:
             self._switch_off(error)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from matplotlib import colormaps
@@ -14,6 +15,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
+from tqdm.auto import tqdm
 
 from qkov_lightning.facets import Scale
 from qkov_lightning.figures import score_scale
@@ -190,3 +192,38 @@ def print_beside_bar(bar: Any, renderable: RenderableType) -> None:
     with console.capture() as captured:
         console.print(renderable)
     bar.print(captured.get().rstrip())
+
+
+@contextmanager
+def progress_task(bar: Any, total: int) -> Iterator[Callable[[], None]]:
+    """One task in the trainer's own progress bar; nothing where the user switched the bar off.
+
+    A bar of our own beside Lightning's would fight over the same lines.
+
+    Args:
+        bar: The trainer's progress bar callback, or None.
+        total: Number of steps.
+
+    Yields:
+        A function that says that one step is done.
+    """
+    enabled = bar is not None and bar.is_enabled
+    progress = getattr(bar, "progress", None)
+    if enabled and progress is not None:  # RichProgressBar
+        task = progress.add_task("Interference", total=total)
+
+        def advance() -> None:
+            progress.update(task, advance=1)
+            bar.refresh()
+
+        try:
+            yield advance
+        finally:
+            progress.remove_task(task)
+    elif enabled and hasattr(bar, "init_validation_tqdm"):  # TQDMProgressBar
+        # Below the bars of training and validation.
+        position = 2 * bar.process_position + 2
+        with tqdm(total=total, desc="Interference", position=position, leave=False, file=sys.stdout) as line:
+            yield line.update
+    else:
+        yield lambda: None

@@ -102,9 +102,8 @@ def test_wandb_holds_captioned_images_an_interactive_heatmap_and_the_long_table(
         "cosine: code pushes on math, epoch 0, step 4",
         "cosine: code pushes on math, epoch 1, step 8",
     ]
-    assert [row["trainer/global_step"] for row in images] == [
-        row["trainer/global_step"] for row in history if "val_loss" in row
-    ]
+    # The steps that Lightning gives to validation metrics; the TensorBoard test compares with those.
+    assert [row["trainer/global_step"] for row in images] == [3, 7]
     table = [row["interference/cells"] for row in history if "interference/cells" in row][-1]
     content = json.loads((directory / table["path"]).read_text())
     assert content["columns"][:4] == ["step", "epoch", "task_a", "task_b"]

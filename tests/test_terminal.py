@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from rich.console import Console, RenderableType
-from synthetic import make_heatmap
+from rich.progress import Progress, TaskID
+from synthetic import make_heatmap, train
 
-from qkov_lightning import InterferenceHeatmap, cli
+from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, cli
 from qkov_lightning.tables import COLUMNS, cell_rows, metrics, select, write_tables
 from qkov_lightning.terminal import SHADES, heatmap_panel, overview
 
@@ -178,6 +180,57 @@ def test_metrics_file_is_nested_numbers_only_and_leaves_out_what_has_no_data(tmp
     assert entry["mean"] == pytest.approx(sum(known) / len(known))
     assert (entry["min"], entry["max"]) == (min(known), max(known))
     assert list(entry["block_means"]) == ["Q", "V", "O"]
+
+
+# Lightning's advice on data loaders and logging has nothing to do with the bar.
+QUIET = pytest.mark.filterwarnings("ignore:.*(does not have many workers|logging interval).*")
+
+
+def interference_tasks(monkeypatch: pytest.MonkeyPatch) -> list[list[float]]:
+    """What is shown of every task of that name in any Rich progress bar: total and final state."""
+    seen: list[list[float]] = []
+    remove = Progress.remove_task
+
+    def spy(progress: Progress, task_id: TaskID) -> None:
+        task = next(task for task in progress.tasks if task.id == task_id)
+        if task.description == "Interference":
+            seen.append([task.total or 0, task.completed])
+        remove(progress, task_id)
+
+    monkeypatch.setattr(Progress, "remove_task", spy)
+    return seen
+
+
+@QUIET
+def test_rich_bar_shows_one_task_per_heatmap_and_removes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = interference_tasks(monkeypatch)
+    train(InterferenceMonitor(every_n_steps=1), tmp_path, logger=False, callbacks=[RichProgressBar()],
+          enable_progress_bar=True)  # fmt: skip
+    assert seen == [[4, 4], [4, 4]]  # four projections, two epochs
+
+
+@QUIET
+def test_tqdm_bar_shows_the_task_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(InterferenceMonitor(every_n_steps=1), tmp_path, logger=False, callbacks=[TQDMProgressBar()],
+          enable_progress_bar=True, max_epochs=1)  # fmt: skip
+    assert "Interference:   0%|" in capsys.readouterr().out
+
+
+@QUIET
+@pytest.mark.parametrize("bar", [None, RichProgressBar(refresh_rate=0), TQDMProgressBar(refresh_rate=0)])
+def test_nothing_is_shown_where_the_user_disabled_the_bar(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    bar: ProgressBar | None,
+) -> None:
+    seen = interference_tasks(monkeypatch)
+    train(InterferenceMonitor(every_n_steps=1), tmp_path, logger=False, callbacks=[bar] if bar else [],
+          enable_progress_bar=bar is not None, max_epochs=1)  # fmt: skip
+    assert seen == []
+    assert "nterference" not in capsys.readouterr().out
 
 
 def test_rows_that_are_selected_are_rows_of_the_cells_file() -> None:
