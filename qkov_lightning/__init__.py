@@ -11,12 +11,14 @@ from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.projections import Block, Projection, contiguous_heads
 from qkov_lightning.samples import task
+from qkov_lightning.verification import CellCheck, Verification, verify_projections
 
 __all__ = [
     "ArchitectureError",
     "Block",
     "CacheError",
     "CaptureWarning",
+    "CellCheck",
     "DriftReport",
     "EmpiricalFisher",
     "GradientCache",
@@ -27,10 +29,12 @@ __all__ = [
     "InterferenceMonitor",
     "NotComparableError",
     "Projection",
+    "Verification",
     "check_drift",
     "contiguous_heads",
     "find_projections",
     "head_interference",
     "register_architecture",
     "task",
+    "verify_projections",
 ]
