@@ -18,6 +18,9 @@ from qkov_lightning.projections import Block, Projection
 NUM_ROTATIONS = 8
 """Random rotations along which each slice is moved."""
 
+NUM_QUERIES = 6
+"""Query tokens that are looked at one by one, at least."""
+
 Derivatives = Sequence[tuple[Tensor, Tensor]]
 """For each call of a module: derivative of a head with respect to the module's output, and that output."""
 
@@ -95,28 +98,29 @@ class AttentionGraph:
     outputs: Mapping[str, list[Tensor]]
     scores: Tensor
     probabilities: Tensor
+    weighted_values: Tensor
     context: Tensor
 
     def problems(self) -> dict[tuple[Block, int], str | None]:
         """What is wrong with each head of each block."""
         scores = self._by_head(self.scores)
-        last_query = torch.zeros_like(scores)
-        last_query[-1, :, -1].normal_()
-        last_token = torch.zeros_like(self.context)
-        last_token.reshape(-1, last_token.shape[-1])[-1].normal_()
-        values, values_at_last = self._values(torch.randn_like(self.context)), self._values(last_token)
+        values = self._by_head(self._values(torch.randn_like(self.weighted_values)))
+        one_query, one_value = [], []
+        # Several, since a token may be padding, or zero, or look at one key only under a causal mask.
+        num_queries = scores.shape[2]
+        for token in range(0, num_queries, max(1, num_queries // NUM_QUERIES)):
+            cotangent = torch.zeros_like(scores)
+            cotangent[-1, :, token].normal_()
+            one_query.append((scores, cotangent))
+            one_value.append((values, cotangent))
         found: dict[tuple[Block, int], str | None] = {}
         for block, projection in self.layer.items():
             if block == "O":
                 problems = [self._output_problem(projection, head) for head in range(projection.num_heads)]
             elif block == "V":
-                problems = self._input_problems(
-                    projection, (values, torch.randn_like(values)), (values_at_last, torch.randn_like(values))
-                )
+                problems = self._input_problems(projection, values, one_value)
             else:
-                problems = self._input_problems(
-                    projection, (scores, torch.randn_like(scores)), (scores, last_query)
-                )
+                problems = self._input_problems(projection, scores, one_query)
             found.update({(block, head): problem for head, problem in enumerate(problems)})
         return found
 
@@ -125,9 +129,11 @@ class AttentionGraph:
         return tensor if headed is None else headed
 
     def _values(self, cotangent: Tensor) -> Tensor:
-        """The values, as the softmax meets them: what each attention weight does to the context."""
-        (values,) = torch.autograd.grad(self.context, self.probabilities, cotangent, create_graph=True)
-        return self._by_head(values)
+        """The values, as the softmax meets them: what each attention weight does to the weighted values."""
+        (values,) = torch.autograd.grad(
+            self.weighted_values, self.probabilities, cotangent, create_graph=True
+        )
+        return values
 
     def _derivatives(self, projection: Projection, heads: Tensor, cotangent: Tensor) -> Derivatives:
         outputs = self.outputs.get(projection.module_name, [])
@@ -137,20 +143,20 @@ class AttentionGraph:
         return [(g, output) for g, output in zip(gradients, outputs, strict=True) if g is not None]
 
     def _input_problems(
-        self, projection: Projection, operand: tuple[Tensor, Tensor], one_token: tuple[Tensor, Tensor]
+        self, projection: Projection, operand: Tensor, one_token: Sequence[tuple[Tensor, Tensor]]
     ) -> list[str | None]:
         """What is wrong with each head of Q, K or V.
 
         Args:
             projection: The claims.
-            operand: What the heads move, and the direction in which its movement is looked at.
-            one_token: The same at one token.
+            operand: What the heads move.
+            one_token: Operands and directions in which the movement of one query token is looked at.
         """
         features = projection.head_features
-        at_one = self._derivatives(projection, *one_token)
+        directions = torch.randn_like(operand)
         moves, acting, strays = [], [], []
         for head in range(self.num_heads):
-            derivatives = self._derivatives(projection, operand[0][:, head], operand[1][:, head])
+            derivatives = self._derivatives(projection, operand[:, head], directions[:, head])
             if not derivatives:
                 return ["moves no head"] * projection.num_heads
             limit = tolerance(derivatives[0][0].dtype)
@@ -161,6 +167,8 @@ class AttentionGraph:
             strays.append(
                 bool(len(unclaimed) and slice_influence(derivatives, unclaimed[None], features) > limit)
             )
+        tokens = [acting_tokens(self._derivatives(projection, *one), features) for one in one_token]
+        num_tokens = torch.stack(tokens).amax(0)
         problems: list[str | None] = []
         for head in range(projection.num_heads):
             expected = set(range(head * projection.query_group, (head + 1) * projection.query_group))
@@ -174,7 +182,7 @@ class AttentionGraph:
             elif any(strays[h] for h in expected):
                 problems.append("features outside the slice act on the head too")
             else:
-                problems.append(_role_problem(projection.block, acting_tokens(at_one, features)[:, head]))
+                problems.append(_role_problem(projection.block, num_tokens[:, head]))
         return problems
 
     def _unclaimed(self, projection: Projection, size: int) -> Tensor:

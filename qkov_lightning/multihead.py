@@ -73,5 +73,5 @@ class MultiheadLinears(TorchFunctionMode):
                 activation = input.reshape(-1, self._num_samples, input.shape[-1]).transpose(0, 1)
                 features = output.reshape(-1, self._num_samples, output.shape[-1]).transpose(0, 1)
                 seen = self._on_linear(name, start // packed.shape[-1], activation, features)
-                return seen.transpose(0, 1).reshape(output.shape)
+                return seen.transpose(0, 1).reshape(output.shape).contiguous()
         return output

@@ -21,6 +21,8 @@ from qkov_lightning.influence import AttentionGraph, by_head
 from qkov_lightning.multihead import MultiheadLinears
 from qkov_lightning.projections import Block, Projection
 
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+
 LABEL_KEYS = ("task", "sample_id", "num_target_tokens")
 """Entries of a batch that speak to the monitor, not to the model."""
 
@@ -97,9 +99,6 @@ def verify_projections(
     Returns:
         A check per layer, block and head. A layer whose attention does not pass through a softmax that can
         be watched is reported as not proven.
-
-    Raises:
-        ValueError: If the batch has fewer than two tokens per sample.
     """
     placed = find_projections(model) if projections is None else list(projections)
     observer = _Observer(model, placed)
@@ -134,6 +133,15 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@dataclass(eq=False)
+class _Softmax:
+    """One call: its input, its output as a leaf, and what became of the values that it weighs."""
+
+    scores: Tensor
+    probabilities: Tensor
+    weighted_values: Tensor | None = None
+
+
 class _Observer(MultiheadLinears):
     """Makes the output of each projection, and of each softmax behind it, a leaf of the autograd graph."""
 
@@ -144,7 +152,7 @@ class _Observer(MultiheadLinears):
         self._projections = projections
         self._problems: dict[tuple[int, Block, int], str | None] = {}
         self._outputs: dict[str, list[Tensor]] = {}
-        self._softmaxes: list[tuple[Tensor, Tensor]] = []
+        self._softmaxes: list[_Softmax] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -170,7 +178,7 @@ class _Observer(MultiheadLinears):
             for head in range(projection.num_heads):
                 problem = self._problems.get(
                     (projection.layer, projection.block, head),
-                    "not seen: the layer did not run, or not as softmax attention over its heads in view "
+                    "not seen: the layer did not run, or not as softmax attention with its heads in view, over two tokens at least "
                     '(fused kernels hide it: load the model with attn_implementation="sdpa" or "eager")',
                 )
                 yield CellCheck(projection, head, problem)
@@ -214,13 +222,17 @@ class _Observer(MultiheadLinears):
         if func in (functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax):
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             return self._softmax(args[0] if args else kwargs["input"], output, dim)
+        if func in PRODUCTS and self._softmaxes and self._softmaxes[-1].weighted_values is None:
+            weights, queries = args[0], self._softmaxes[-1].probabilities.shape[-2]
+            if isinstance(weights, Tensor) and weights.requires_grad and weights.shape[-2:-1] == (queries,):
+                self._softmaxes[-1].weighted_values = output
         return output
 
     def _softmax(self, scores: Tensor, output: Tensor, dim: int | None) -> Tensor:
         if not scores.requires_grad or dim not in (-1, scores.ndim - 1):
             return output
         leaf = output.detach().requires_grad_()
-        self._softmaxes.append((scores, leaf))
+        self._softmaxes.append(_Softmax(scores, leaf))
         return leaf.clone()
 
     def _scaled_dot_product(
@@ -249,14 +261,13 @@ class _Observer(MultiheadLinears):
             scores = scores + attn_mask
         # A token that may look at nothing gives zeros, not NaN.
         probabilities = scores.softmax(dim=-1).nan_to_num(0.0)
-        return self._softmax(scores, probabilities, -1) @ value
+        output = self._softmax(scores, probabilities, -1) @ value
+        if scores.requires_grad:
+            self._softmaxes[-1].weighted_values = output
+        return output
 
     def _close(self, name: str, context: Tensor) -> None:
-        """Check the layers that end in the output projection ``name``, whose input has arrived.
-
-        Raises:
-            ValueError: If there is only one token.
-        """
+        """Check the layers that end in the output projection ``name``, whose input has arrived."""
         outputs, softmaxes = self._outputs, self._softmaxes
         self._outputs, self._softmaxes = {}, []
         for ending in self._projections:
@@ -264,17 +275,34 @@ class _Observer(MultiheadLinears):
                 continue
             layer = {p.block: p for p in self._projections if p.layer == ending.layer}
             num_heads = max(p.num_heads for p in layer.values())
-            for scores, probabilities in softmaxes:
-                if by_head(scores, num_heads) is None or not context.requires_grad:
+            for softmax in softmaxes:
+                graph = self._graph(layer, num_heads, outputs, softmax, context)
+                if graph is None:
                     continue
-                if scores.shape[-1] < 2:
-                    raise ValueError(
-                        f"The batch has one token only, expected at least two: with one, the softmax of "
-                        f"`{ending.layer_name}` gives 1 whatever the queries and keys are."
-                    )
-                attention = AttentionGraph(layer, num_heads, outputs, scores, probabilities, context)
                 with torch._C.DisableTorchFunction():  # the check is not for the observer to see
-                    problems = attention.problems()
+                    problems = graph.problems()
                 for (block, head), problem in problems.items():
                     cell = (ending.layer, block, head)
                     self._problems[cell] = self._problems.get(cell) or problem
+
+    @staticmethod
+    def _graph(
+        layer: Mapping[Block, Projection],
+        num_heads: int,
+        outputs: Mapping[str, list[Tensor]],
+        softmax: _Softmax,
+        context: Tensor,
+    ) -> AttentionGraph | None:
+        """The computation around one softmax, if it has the axis of the heads and leads to the context."""
+        scores, probabilities = softmax.scores, softmax.probabilities
+        if by_head(scores, num_heads) is None or scores.shape[-1] < 2 or not context.requires_grad:
+            return None
+        weighted = softmax.weighted_values
+        for end in (context,) if weighted is None else (context, weighted):
+            reached = torch.autograd.grad(end.sum(), probabilities, retain_graph=True, allow_unused=True)
+            if reached[0] is None and end is context:
+                return None
+            if reached[0] is None:
+                weighted = None
+        weighted = context if weighted is None else weighted
+        return AttentionGraph(layer, num_heads, outputs, scores, probabilities, weighted, context)

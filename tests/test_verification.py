@@ -306,8 +306,13 @@ def test_labels_for_the_monitor_are_kept_from_the_model() -> None:
 
 
 def test_one_token_is_not_enough_to_tell_a_query_from_a_key() -> None:
-    with pytest.raises(ValueError, match="one token only, expected at least two"):
-        verify_projections(llama(), {"input_ids": BATCH["input_ids"][:, :1]})
+    verification = verify_projections(llama(), {"input_ids": BATCH["input_ids"][:, :1]})
+    assert len(verification.failures) == 24
+    assert "over two tokens at least" in str(verification)
+
+
+def test_a_normalisation_between_the_heads_and_the_output_projection_carries_nothing_over() -> None:
+    assert verify_projections(build("bitnet", num_key_value_heads=2), BATCH).passed
 
 
 def test_a_layer_that_runs_several_times_is_checked_each_time() -> None:
