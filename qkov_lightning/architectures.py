@@ -191,7 +191,7 @@ def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, 
         head_dim //= 2
     else:
         query = contiguous_heads(heads, head_dim)
-    kv_heads = _declared(model, name, module, NUM_KV_HEADS) or _divide(name, names[1], rows_k, head_dim)
+    kv_heads = _num_kv_heads(model, name, module, heads) or _divide(name, names[1], rows_k, head_dim)
     if kv_heads * head_dim != rows_k or heads % kv_heads:
         raise ArchitectureError(
             f"Attention `{name}` ({type(module).__name__}): `{names[1]}` has {rows_k} rows, expected {kv_heads} "
@@ -265,7 +265,7 @@ def _fused(
             "V": (leaf, values),
             "O": output_heads,
         }
-    kv_heads = _declared(model, name, module, NUM_KV_HEADS) or heads
+    kv_heads = _num_kv_heads(model, name, module, heads) or heads
     if (heads + 2 * kv_heads) * head_dim != rows or heads % kv_heads:
         raise ArchitectureError(
             f"Attention `{name}` ({type(module).__name__}): `{leaf}` has {rows} rows, expected ({heads} query heads + "
@@ -316,22 +316,32 @@ def _num_heads(model: nn.Module, name: str, module: nn.Module) -> int:
     return heads
 
 
+def _num_kv_heads(model: nn.Module, name: str, module: nn.Module, heads: int) -> int | None:
+    own = _first(module, NUM_KV_HEADS)
+    config = _config(model, name)
+    # Encoder and decoder may share a config that counts the heads of one of them only.
+    return _first(config, NUM_KV_HEADS) if own is None and _first(config, NUM_HEADS) in (heads, None) else own
+
+
 def _declared(model: nn.Module, name: str, module: nn.Module, attributes: tuple[str, ...]) -> int | None:
     """A number that the attention module says of itself, else the config of the nearest module around it."""
-    holders: list[object] = [module]
+    own = _first(module, attributes)
+    return _first(_config(model, name), attributes) if own is None else own
+
+
+def _config(model: nn.Module, name: str) -> object:
     while True:
         config = getattr(model.get_submodule(name), "config", None)
-        if config is not None:
-            holders.append(config)
-            break
-        if not name:
-            break
+        if config is not None or not name:
+            return config
         name = name.rpartition(".")[0]
-    for holder in holders:
-        for attribute in attributes:
-            value = _get(holder, attribute)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+
+
+def _first(holder: object, attributes: tuple[str, ...]) -> int | None:
+    for attribute in attributes:
+        value = _get(holder, attribute)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
     return None
 
 
