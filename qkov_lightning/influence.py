@@ -19,7 +19,10 @@ NUM_ROTATIONS = 8
 """Random rotations along which each slice is moved."""
 
 NUM_QUERIES = 6
-"""Query tokens that are looked at one by one, at least."""
+"""Query tokens that are looked at one by one, at most."""
+
+MASKED = 1e4
+"""A score below minus this is the mask's."""
 
 Derivatives = Sequence[tuple[Tensor, Tensor]]
 """For each call of a module: derivative of a head with respect to the module's output, and that output."""
@@ -106,11 +109,13 @@ class AttentionGraph:
         scores = self._by_head(self.scores)
         values = self._by_head(self._values(torch.randn_like(self.weighted_values)))
         one_query, one_value = [], []
-        # Several, since a token may be padding, or zero, or look at one key only under a causal mask.
-        num_queries = scores.shape[2]
-        for token in range(0, num_queries, max(1, num_queries // NUM_QUERIES)):
+        # Those with the largest scores: a token may be padding, or zero, or see one key under a causal mask.
+        sizes = scores.detach().double().abs()
+        strength = torch.where(sizes < MASKED, sizes, 0.0).sum(dim=(1, 3))
+        for index in strength.flatten().topk(min(NUM_QUERIES, strength.numel())).indices.tolist():
+            sample, token = divmod(index, strength.shape[1])
             cotangent = torch.zeros_like(scores)
-            cotangent[-1, :, token].normal_()
+            cotangent[sample, :, token].normal_()
             one_query.append((scores, cotangent))
             one_value.append((values, cotangent))
         found: dict[tuple[Block, int], str | None] = {}
