@@ -6,6 +6,7 @@ from qkov_lightning.capture import CaptureWarning, GradientCapture
 from qkov_lightning.drift import DriftReport, NotComparableError, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.inspection import describe
 from qkov_lightning.interference import head_interference
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
@@ -32,6 +33,7 @@ __all__ = [
     "Verification",
     "check_drift",
     "contiguous_heads",
+    "describe",
     "find_projections",
     "head_interference",
     "register_architecture",
