@@ -7,6 +7,7 @@ from qkov_lightning.comparability import NotComparableError
 from qkov_lightning.drift import DriftReport, Finding, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.inspection import describe
 from qkov_lightning.interference import head_interference
 from qkov_lightning.loggers import register_logger
 from qkov_lightning.metric import HeadInterference
@@ -14,12 +15,14 @@ from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.probe import probe_interference
 from qkov_lightning.projections import Block, Projection, contiguous_heads
 from qkov_lightning.samples import samples_from_positions, task
+from qkov_lightning.verification import CellCheck, Verification, verify_projections
 
 __all__ = [
     "ArchitectureError",
     "Block",
     "CacheError",
     "CaptureWarning",
+    "CellCheck",
     "DriftReport",
     "EmpiricalFisher",
     "Finding",
@@ -31,8 +34,10 @@ __all__ = [
     "InterferenceMonitor",
     "NotComparableError",
     "Projection",
+    "Verification",
     "check_drift",
     "contiguous_heads",
+    "describe",
     "find_projections",
     "head_interference",
     "probe_interference",
@@ -40,4 +45,5 @@ __all__ = [
     "register_logger",
     "samples_from_positions",
     "task",
+    "verify_projections",
 ]

@@ -1,18 +1,33 @@
 """Find the attention layers of a model and place their heads, or refuse.
 
-Separate projections are placed by the names of their modules and checked against shapes. The order of the
-pieces of a FUSED projection cannot be told from shapes, so only the conventions in ``FUSED`` are placed.
+Separate projections are placed by the names of their modules, fused ones by a known convention; both are checked
+against shapes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from qkov_lightning.conventions import (
+    FUSED,
+    GATED_QUERY,
+    HEAD_DIM,
+    LATENT,
+    LATENT_QUERIES,
+    MIXED_HEADS,
+    NOT_SOFTMAX,
+    NUM_HEADS,
+    NUM_KV_HEADS,
+    OUTPUT,
+    SEPARATE,
+    Placement,
+    follows,
+    in_blocks,
+)
 from qkov_lightning.projections import BLOCKS, Block, Projection, check_unique, contiguous_heads
 
 HeadMap = Mapping[Block, tuple[str, Int[Tensor, "head feature"]]]
@@ -20,96 +35,10 @@ HeadMap = Mapping[Block, tuple[str, Int[Tensor, "head feature"]]]
 
 Recogniser = Callable[[nn.Module], HeadMap]
 
-SEPARATE = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("wq", "wk", "wv"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("query_proj", "key_proj", "value_proj"),
-    ("q", "k", "v"),
-)
-OUTPUT = (
-    "o_proj",
-    "out_proj",
-    "wo",
-    "Wo",
-    "out_lin",
-    "output_proj",
-    "c_proj",
-    "dense",
-    "proj",
-    "o",
-    "output.dense",
-)
-
-NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads", "n_query_groups")
-HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-
 
 class ArchitectureError(ValueError):
     """An attention layer cannot be placed with certainty."""
 
-
-def _blocks(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``q0 q1 .. k0 k1 .. v0 v1 ..``."""
-    keys = num_heads * head_dim
-    values = keys + num_kv_heads * head_dim
-    return (
-        contiguous_heads(num_heads, head_dim),
-        contiguous_heads(num_kv_heads, head_dim, keys),
-        contiguous_heads(num_kv_heads, head_dim, values),
-    )
-
-
-def _grouped(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``q0 q1 k0 v0 q2 q3 k1 v1 ..``: query heads, then the key and value head that they share."""
-    group = num_heads // num_kv_heads
-    pieces = contiguous_heads(num_kv_heads * (group + 2), head_dim).view(num_kv_heads, group + 2, head_dim)
-    return pieces[:, :group].flatten(0, 1), pieces[:, group], pieces[:, group + 1]
-
-
-def _four_shards(num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``q.. v.. k..`` in each of four shards of the heads."""
-    pieces = contiguous_heads(2 * num_kv_heads + num_heads, head_dim).view(4, 3, num_heads // 4, head_dim)
-    query, value, key = (pieces[:, i].reshape(num_heads, head_dim) for i in range(3))
-    return query, key, value
-
-
-FUSED: tuple[tuple[Callable[[int, int, int], tuple[Tensor, Tensor, Tensor]], tuple[str, ...]], ...] = (
-    (
-        _grouped,
-        (
-            "transformers.GPTBigCodeAttention.c_attn",
-            "transformers.GPTNeoXAttention.query_key_value",
-            "transformers.BloomAttention.query_key_value",
-            "transformers.PersimmonAttention.query_key_value",
-            "transformers.FalconAttention.query_key_value",
-            "transformers.DisentangledSelfAttention.in_proj",
-        ),
-    ),
-    (_four_shards, ("transformers.CodeGenAttention.qkv_proj",)),
-    (
-        _blocks,
-        (
-            "*.c_attn",
-            "transformers.MptAttention.Wqkv",
-            "transformers.DbrxAttention.Wqkv",
-            "transformers.ModernBertAttention.Wqkv",
-            "transformers.Phi3Attention.qkv_proj",
-            "timm.Attention.qkv",
-            "litgpt.CausalSelfAttention.qkv",
-        ),
-    ),
-)
-"""Conventions for fused projections, and who follows them: package, class and module name."""
-
-GATED_QUERY = (
-    "transformers.Qwen3NextAttention",
-    "transformers.Qwen3_5Attention",
-    "transformers.Qwen3_5MoeAttention",
-)
-"""Attention whose query projection holds, for each head, the query and then a gate of the same size."""
 
 _registered: dict[str, Recogniser] = {}
 
@@ -216,7 +145,7 @@ def _resolve(name: str, path: str) -> str:
     """Dotted path of a module given relative to ``name``; each leading ``^.`` goes up by one."""
     while path.startswith("^."):
         name, path = name.rpartition(".")[0], path[2:]
-    return f"{name}.{path}" if name else path
+    return f"{name}.{path}" if name and path else name or path
 
 
 def _label(name: str) -> str:
@@ -227,12 +156,20 @@ def _recognise(model: nn.Module, name: str, module: nn.Module) -> HeadMap | None
     for cls in type(module).__mro__:
         if cls.__name__ in _registered:
             return _registered[cls.__name__](module)
+    if isinstance(module, nn.MultiheadAttention):
+        return _packed(name, module)
+    if any(hasattr(module, part) for part in NOT_SOFTMAX):
+        return None
+    if follows(module, MIXED_HEADS):
+        raise ArchitectureError(_unknown(name, module))
+    if _is_linear(_child(module, LATENT)):
+        return _latent(model, name, module)
     for names in SEPARATE:
         if all(_is_linear(_child(module, child)) for child in names):
             return _separate(model, name, module, names)
     for leaf, child in module.named_children():
         for place, classes in FUSED:
-            if _is_linear(child) and _is_one_of(module, classes, f".{leaf}"):
+            if _is_linear(child) and follows(module, classes, f".{leaf}"):
                 return _fused(model, name, module, leaf, place)
     return None
 
@@ -243,7 +180,7 @@ def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, 
     output = _output(model, name, module)
     head_dim = _divide(name, names[0], rows_q, heads)
     declared = _declared(model, name, module, HEAD_DIM)
-    gated = _is_one_of(module, GATED_QUERY)
+    gated = follows(module, GATED_QUERY)
     if declared is not None and head_dim != declared * (2 if gated else 1):
         raise ArchitectureError(
             f"Attention `{name}` ({type(module).__name__}): `{names[0]}` has {rows_q} rows, expected {heads} heads x "
@@ -254,7 +191,7 @@ def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, 
         head_dim //= 2
     else:
         query = contiguous_heads(heads, head_dim)
-    kv_heads = _declared(model, name, module, NUM_KV_HEADS) or _divide(name, names[1], rows_k, head_dim)
+    kv_heads = _num_kv_heads(model, name, module, heads) or _divide(name, names[1], rows_k, head_dim)
     if kv_heads * head_dim != rows_k or heads % kv_heads:
         raise ArchitectureError(
             f"Attention `{name}` ({type(module).__name__}): `{names[1]}` has {rows_k} rows, expected {kv_heads} "
@@ -270,12 +207,50 @@ def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, 
     }
 
 
+def _packed(name: str, module: nn.MultiheadAttention) -> HeadMap:
+    if module.in_proj_weight is None:
+        raise ArchitectureError(
+            f"Attention `{name}` (MultiheadAttention) has keys of size {module.kdim} and values of size {module.vdim}, "
+            f"expected those of the queries, {module.embed_dim}: with other sizes PyTorch keeps three weights that "
+            "belong to no module. Project keys and values to the size of the queries first. "
+            + _how_to_register(module)
+        )
+    query, key, value = in_blocks(module.num_heads, module.num_heads, module.head_dim)
+    return {"Q": ("", query), "K": ("", key), "V": ("", value), "O": ("out_proj", query)}
+
+
+def _latent(model: nn.Module, name: str, module: nn.Module) -> HeadMap:
+    heads = _num_heads(model, name, module)
+    query = next((path for path in LATENT_QUERIES if _is_linear(_child(module, path))), None)
+    sizes = [
+        _declared(model, name, module, (a,)) for a in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    ]
+    if query is None or None in sizes:
+        raise ArchitectureError(_unknown(name, module))
+    key_dim, rotary_dim, value_dim = (size or 0 for size in sizes)
+    for path, head_dim in ((query, key_dim + rotary_dim), (LATENT, key_dim + value_dim)):
+        rows = linear_sizes(module.get_submodule(path))[1]
+        if rows != heads * head_dim:
+            raise ArchitectureError(
+                f"Attention `{name}` ({type(module).__name__}): `{path}` has {rows} rows, expected {heads} heads x "
+                f"{head_dim} = {heads * head_dim}. {_how_to_register(module)}"
+            )
+    output = _output(model, name, module)
+    pieces = contiguous_heads(heads, key_dim + value_dim)
+    return {
+        "Q": (query, contiguous_heads(heads, key_dim + rotary_dim)),
+        "K": (LATENT, pieces[:, :key_dim]),
+        "V": (LATENT, pieces[:, key_dim:]),
+        "O": (output, _output_heads(model, name, module, output, heads, value_dim)),
+    }
+
+
 def _fused(
     model: nn.Module,
     name: str,
     module: nn.Module,
     leaf: str,
-    place: Callable[[int, int, int], tuple[Tensor, Tensor, Tensor]],
+    place: Placement,
 ) -> HeadMap:
     rows = linear_sizes(module.get_submodule(leaf))[1]
     heads = _num_heads(model, name, module)
@@ -290,7 +265,7 @@ def _fused(
             "V": (leaf, values),
             "O": output_heads,
         }
-    kv_heads = _declared(model, name, module, NUM_KV_HEADS) or heads
+    kv_heads = _num_kv_heads(model, name, module, heads) or heads
     if (heads + 2 * kv_heads) * head_dim != rows or heads % kv_heads:
         raise ArchitectureError(
             f"Attention `{name}` ({type(module).__name__}): `{leaf}` has {rows} rows, expected ({heads} query heads + "
@@ -341,23 +316,42 @@ def _num_heads(model: nn.Module, name: str, module: nn.Module) -> int:
     return heads
 
 
+def _num_kv_heads(model: nn.Module, name: str, module: nn.Module, heads: int) -> int | None:
+    own = _first(module, NUM_KV_HEADS)
+    config = _config(model, name)
+    # Encoder and decoder may share a config that counts the heads of one of them only.
+    return _first(config, NUM_KV_HEADS) if own is None and _first(config, NUM_HEADS) in (heads, None) else own
+
+
 def _declared(model: nn.Module, name: str, module: nn.Module, attributes: tuple[str, ...]) -> int | None:
     """A number that the attention module says of itself, else the config of the nearest module around it."""
-    holders: list[object] = [module]
+    own = _first(module, attributes)
+    return _first(_config(model, name), attributes) if own is None else own
+
+
+def _config(model: nn.Module, name: str) -> object:
     while True:
         config = getattr(model.get_submodule(name), "config", None)
-        if config is not None:
-            holders.append(config)
-            break
-        if not name:
-            break
+        if config is not None or not name:
+            return config
         name = name.rpartition(".")[0]
-    for holder in holders:
-        for attribute in attributes:
-            value = holder.get(attribute) if isinstance(holder, Mapping) else getattr(holder, attribute, None)
-            if isinstance(value, int) and not isinstance(value, bool):
-                return value
+
+
+def _first(holder: object, attributes: tuple[str, ...]) -> int | None:
+    for attribute in attributes:
+        value = _get(holder, attribute)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
     return None
+
+
+def _get(holder: object, attribute: str) -> object:
+    if isinstance(holder, Mapping):
+        return holder.get(attribute)
+    try:
+        return getattr(holder, attribute, None)
+    except Exception:  # a config may refuse to name one number where its layers differ
+        return None
 
 
 def _divide(name: str, path: str, features: int, parts: int) -> int:
@@ -393,13 +387,10 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
-def _is_one_of(module: nn.Module, patterns: tuple[str, ...], leaf: str = "") -> bool:
-    names = [f"{cls.__module__.partition('.')[0]}.{cls.__name__}{leaf}" for cls in type(module).__mro__]
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-
 def _looks_like_attention(module: nn.Module) -> bool:
     linear = [child for child in module.children() if _is_linear(child)]
+    if any(hasattr(module, part) for part in NOT_SOFTMAX):
+        return False
     return "attention" in type(module).__name__.lower() and len(linear) >= 2
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from qkov_lightning.multihead import MultiheadLinears
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, Samples, current_labels
 
@@ -140,6 +141,9 @@ class GradientCapture:
         world_size: int = 1,
     ) -> None:
         self._modules = {p.module_name: model.get_submodule(p.module_name) for p in projections}
+        owners = {name.removesuffix("out_proj").removesuffix(".") for name in self._modules}
+        candidates = {name: model.get_submodule(name) for name in sorted(owners)}
+        self._packed = {n: m for n, m in candidates.items() if isinstance(m, nn.MultiheadAttention)}
         self._loss_reduction = loss_reduction
         self._rank, self._world_size = rank, world_size
         self.numbering: Counter[str] = Counter()
@@ -160,7 +164,10 @@ class GradientCapture:
         """Put the taps in place."""
         if not self._handles:
             for name, module in self._modules.items():
-                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+                if not isinstance(module, nn.MultiheadAttention):
+                    self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+            for name, attention in self._packed.items():
+                self._handles += self._watch_packed(name, attention)
 
     def remove(self) -> None:
         """Take the taps away and forget what they saw."""
@@ -214,7 +221,8 @@ class GradientCapture:
                 if labels is None:
                     if batch_labels is None:
                         raise ValueError(
-                            "The samples have no task: wrap the forward pass in `with task(...)`."
+                            "The samples have no task: wrap the forward pass in `with task(...)`. (Reentrant "
+                            "checkpoints run again outside of it: use `use_reentrant=False`.)"
                         )
                     labels = batch_labels()
                 steps.append(self._collect(labels, calls))
@@ -232,27 +240,61 @@ class GradientCapture:
             if not isinstance(output, Tensor):
                 self._problems[name] = f"its output is a {type(output).__name__}, expected one tensor"
                 return None
-            if not (torch.is_grad_enabled() and output.requires_grad):
-                self._ran_without_grad.add(name)
-                return None
-            call = _Call(name, current_labels(), recomputed=_inside_backward())
-            self._calls.append(call)
-            activation: Tensor = args[0] if args else next(iter(kwargs.values()))
-
-            def deliver(activation: Tensor, grad_output: Tensor) -> None:
-                if not self._active:
-                    return
-                if torch.is_grad_enabled():
-                    self._problems[name] = (
-                        "its backward pass is differentiated again (create_graph=True), which adds gradients "
-                        "that do not pass through its output"
-                    )
-                call.deliveries.append(_Delivery(activation.detach(), grad_output.detach(), self.scale))
-
-            tapped: Tensor = _Tap.apply(output, activation.detach(), deliver)
-            return tapped
+            return self._tapped(name, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook
+
+    def _tapped(
+        self, name: str, activation: Tensor, output: Tensor, start: int = 0, width: int | None = None
+    ) -> Tensor | None:
+        """The output with a tap on it; it may be ``width`` features of a module from ``start`` on."""
+        if not (torch.is_grad_enabled() and output.requires_grad):
+            self._ran_without_grad.add(name)
+            return None
+        call = _Call(name, current_labels(), recomputed=_inside_backward())
+        self._calls.append(call)
+        after = 0 if width is None else width - start - output.shape[-1]
+
+        def deliver(activation: Tensor, grad_output: Tensor) -> None:
+            if not self._active:
+                return
+            if torch.is_grad_enabled():
+                self._problems[name] = (
+                    "its backward pass is differentiated again (create_graph=True), which adds gradients "
+                    "that do not pass through its output"
+                )
+            grad = nn.functional.pad(grad_output.detach(), (start, after))
+            call.deliveries.append(_Delivery(activation.detach(), grad, self.scale))
+
+        tapped: Tensor = _Tap.apply(output, activation.detach(), deliver)
+        return tapped
+
+    def _watch_packed(self, name: str, attention: nn.MultiheadAttention) -> list[Any]:
+        """Hooks that show the inside of an attention that calls no submodule, while it runs."""
+
+        def on_linear(linear: str, start: int, activation: Tensor, output: Tensor) -> Tensor:
+            module = self._modules.get(linear)
+            if module is None or not is_trainable(module):
+                return output
+            width = len(attention.in_proj_weight) if module is attention else None
+            tapped = self._tapped(linear, activation, output, start, width)
+            return output if tapped is None else tapped
+
+        linears = MultiheadLinears({name: attention}, on_linear)
+        entered: list[MultiheadLinears] = []
+
+        def enter(*_: object) -> None:
+            if self._active:
+                entered.append(linears.__enter__())
+
+        def leave(*_: object) -> None:
+            if entered:
+                entered.pop().__exit__(None, None, None)
+
+        return [
+            attention.register_forward_pre_hook(enter),
+            attention.register_forward_hook(leave, always_call=True),
+        ]
 
     def _account(self) -> None:
         """Find every trainable projection that ran but did not deliver."""
@@ -263,7 +305,9 @@ class GradientCapture:
                 continue
             if name in ran:
                 self._problems[name] = "it ran forward, but no gradient of its output arrived"
-            elif any(p.grad is not None and bool(p.grad.any()) for p in module.parameters()):
+            elif is_trainable(module) and any(
+                p.grad is not None and bool(p.grad.any()) for p in module.parameters()
+            ):
                 self._problems[name] = (
                     "it has a gradient, but its forward pass was not seen (compiled before the monitor "
                     "started, or its weight used without calling it)"
@@ -334,6 +378,10 @@ class GradientCapture:
 
 def is_trainable(module: nn.Module) -> bool:
     """Whether any parameter of the module trains (for a LoRA wrapper: its adapters)."""
+    if isinstance(
+        module, nn.MultiheadAttention
+    ):  # the packed weight; its output projection answers for itself
+        return module.in_proj_weight.requires_grad
     return any(parameter.requires_grad for parameter in module.parameters())
 
 

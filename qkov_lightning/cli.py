@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from qkov_lightning.capture import LossReduction
 from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
+from qkov_lightning.inspection import describe, load_model, token_batch
 from qkov_lightning.probe import find_probe, load_weights, probe_interference
 from qkov_lightning.projections import Block
 from qkov_lightning.report import find_latest, find_step, load_history, write_report
 from qkov_lightning.tables import COLUMNS, select, selected_rows, to_csv, to_json
 from qkov_lightning.terminal import epoch_table, markdown_table, overview
+from qkov_lightning.verification import verify_projections
 
 BASELINE = Path("interference-baseline.json")
 
@@ -201,9 +203,31 @@ def _update_command(run: Path, baseline: Path) -> str:
     return shlex.join(["qkov", "baseline", "update", str(run), "--baseline", str(baseline)])
 
 
+def inspect(model: str, verify: bool = False, num_tokens: int = 512) -> None:
+    """Show which features of which module belong to each head of a model.
+
+    Args:
+        model: Import path ``package.module:function`` to a function that returns the model, or a local
+            ``from_pretrained`` folder.
+        verify: Also prove on random tokens that each slice is the head that the model computes.
+        num_tokens: Tokens of a sample, for the estimate of its size in the cache.
+
+    Raises:
+        ValueError: If a slice is not the head that it is said to be.
+    """
+    loaded = load_model(model)
+    Console().print(describe(loaded, num_tokens))
+    if verify:
+        verification = verify_projections(loaded, token_batch(loaded))
+        if not verification.passed:
+            raise ValueError(str(verification))
+        Console().print(str(verification))
+
+
 def main() -> None:
     """Entry point of the ``qkov`` command."""
     commands: dict[str, Any] = {
+        "inspect": inspect,
         "show": show,
         "report": report,
         "probe": probe,
