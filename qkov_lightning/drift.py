@@ -256,7 +256,7 @@ def _decide(
         for name in ("baseline", "current", "standard_error")
     )
     sign = np.concatenate([np.full(len(one.places), -1.0 if one.score in FALLING else 1.0) for one in judged])
-    rise = sign * (new - old)
+    rise = sign * (new - old) + 0.0  # no minus zero
     excess = rise - tolerance
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 0, excess / error, np.where(excess > 0, np.inf, -np.inf))
