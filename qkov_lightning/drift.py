@@ -4,8 +4,9 @@ Judged are every cell, the mean of every block and the maximum of every task pai
 
 .. math:: t = (\text{rise} - \text{tolerance}) / \sqrt{s_0^2 + s_1^2}
 
-with the standard errors :math:`s_0, s_1` of the two heatmaps (Welch 1947), against Student's distribution with
-one degree of freedom less than the smallest task has samples, the least that Welch's formula can give.
+with the standard errors :math:`s_0, s_1` of the two heatmaps (Welch 1947), against Student's distribution with the
+least degrees of freedom that Welch's formula can give: those of the heatmap that has fewer. A heatmap has one
+less than its smallest task has samples, or what its notes say of how its standard errors were made.
 """
 
 from __future__ import annotations
@@ -171,7 +172,11 @@ def check_drift(
         for a, b in _pairs(len(baseline.tasks), score)
         for quantity in _quantities(baseline, current, score, (a, b), (order[a], order[b]), measured)
     ]
-    return _decide(judged, baseline, num_samples, scores, tolerance, alpha)
+    freedom = min(
+        int(heatmap.notes.get("degrees_of_freedom", count - 1))
+        for heatmap, count in zip((baseline, current), num_samples, strict=True)
+    )
+    return _decide(judged, baseline, num_samples, freedom, scores, tolerance, alpha)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +246,7 @@ def _decide(
     judged: Sequence[_Quantities],
     baseline: InterferenceHeatmap,
     num_samples: tuple[int, int],
+    freedom: int,
     scores: tuple[str, ...],
     tolerance: float,
     alpha: float,
@@ -250,8 +256,7 @@ def _decide(
         for name in ("baseline", "current", "standard_error")
     )
     sign = np.concatenate([np.full(len(one.places), -1.0 if one.score in FALLING else 1.0) for one in judged])
-    freedom = min(num_samples) - 1
-    rise = sign * (new - old)
+    rise = sign * (new - old) + 0.0  # no minus zero
     excess = rise - tolerance
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 0, excess / error, np.where(excess > 0, np.inf, -np.inf))

@@ -13,6 +13,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ from qkov_lightning.architectures import find_projections
 from qkov_lightning.cache import GradientCache
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
+from qkov_lightning.jackknife import jackknife_errors
 from qkov_lightning.measurement import measure_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import read_labels
 
 NO_LIMIT = 2**62
 """The cache of a probe is as large as the probe."""
+
+MAX_GROUPS = 16
+"""Groups of samples that the standard errors are made of."""
 
 FISHER = "mean over the probe"
 """What the heatmap's notes say of its Fisher."""
@@ -64,7 +69,8 @@ def probe_interference(
     """Measure the interference of the probe's samples, in evaluation mode, without any change to the model.
 
     The Fisher is the plain mean over the probe's samples of each task, then the mean over the tasks. Gradients wait
-    in a temporary folder, so that the probe need not fit into memory.
+    in a temporary folder, so that the probe need not fit into memory. Standard errors come from leaving groups of
+    samples out, so that they hold for heavy-tailed gradients, too.
 
     Args:
         model: Holds the attention layers.
@@ -134,9 +140,22 @@ def probe_interference(
                 epoch=epoch,
                 notes={"fisher": FISHER, "damping": damping},
             )
-    if heatmap is None:
-        raise ValueError("The probe holds no batch, expected at least two samples of each task.")
-    return heatmap
+            if heatmap is None:
+                raise ValueError("The probe holds no batch, expected at least two samples of each task.")
+            groups = min(MAX_GROUPS, *heatmap.samples_per_task.values())
+            if groups < 2:
+                return heatmap
+            errors = jackknife_errors(
+                cache,
+                projections,
+                heatmap.tasks,
+                num_groups=groups,
+                damping=damping,
+                device=device,
+                rank=rank,
+                world_size=world_size,
+            )
+    return replace(heatmap, standard_errors=errors, notes={**heatmap.notes, "degrees_of_freedom": groups - 1})
 
 
 def find_probe(probe: str | Probe, *owners: object) -> Probe:

@@ -310,3 +310,13 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
     heatmap = make_heatmap()
     with pytest.raises(ValueError, match=r"expected tolerance >= 0, 0 < alpha < 0\.5"):
         check_drift(heatmap, heatmap, **wrong)
+
+
+def test_a_heatmap_can_say_that_its_standard_errors_have_fewer_degrees_of_freedom() -> None:
+    baseline = make_heatmap(error=0.1)
+    current = changed(baseline, "relative", (0, 1, 1, 3, 3), 1.0)
+    current = replace(current, notes={"degrees_of_freedom": 7})
+    report = check_drift(baseline, current, scores=["relative"], tolerance=0.0, alpha=0.4)
+    raw = stats.t.sf(1.0 / math.hypot(0.1, 0.1), df=7)
+    surest = (*report.findings, *report.nearest)[0]
+    assert surest.p_value == pytest.approx(raw * report.num_tests, rel=1e-9)
