@@ -141,6 +141,9 @@ def test_inspect_prints_the_map_and_the_proof(
     assert "24 of 24 cells proven" in printed
 
 
-def test_inspect_fails_where_the_map_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match="of 48 cells proven"):
+def test_inspect_fails_where_the_map_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "inspect", f"{__name__}:swapped", "--verify", "true")
+    assert "of 48 cells proven" in capsys.readouterr().err

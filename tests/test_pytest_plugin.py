@@ -37,7 +37,7 @@ def run(
 ) -> pytest.RunResult:
     body = TESTS.replace("RISE", str(rise)).replace("TASKS", repr(tasks)).replace("TOLERANCE", str(tolerance))
     pytester.makepyfile(test_heads=body)
-    return pytester.runpytest_inprocess("-p", "pytest_qkov", *options)
+    return pytester.runpytest_inprocess("-p", "qkov_lightning.pytest_plugin", *options)
 
 
 def test_a_baseline_is_written_on_demand_only_and_then_guards(pytester: pytest.Pytester) -> None:

@@ -1,18 +1,22 @@
 """Pytest fixture ``assert_no_interference_drift``, with ``--update-interference-baseline``.
 
-A module of its own, that imports the package only when the fixture is used: pytest loads it in every run.
+Not loaded by itself, so that no run of pytest imports torch for nothing. In ``conftest.py``::
+
+    pytest_plugins = ["qkov_lightning.pytest_plugin"]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-if TYPE_CHECKING:
-    from qkov_lightning import InterferenceHeatmap
+from qkov_lightning.comparability import NotComparableError
+from qkov_lightning.drift import check_drift
+from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.reports import as_text
 
 OPTION = "--update-interference-baseline"
 
@@ -35,9 +39,6 @@ def assert_no_interference_drift(
     """
 
     def check(heatmap: InterferenceHeatmap, baseline: str | Path, **arguments: Any) -> None:
-        from qkov_lightning import HeatmapError, InterferenceHeatmap, NotComparableError, check_drift
-        from qkov_lightning.reports import as_text
-
         __tracebackhide__ = True
         path = request.path.parent / baseline
         if request.config.getoption(OPTION):
