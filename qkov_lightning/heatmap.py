@@ -20,6 +20,8 @@ from qkov_lightning.projections import BLOCKS, Block
 
 SCHEMA_VERSION = 1
 
+MAX_SHOWN_PAIRS = 12
+
 Status = Literal["measured", "frozen", "no data"]
 
 
@@ -153,6 +155,16 @@ class InterferenceHeatmap:
         if len(self.tasks) == 1:
             return ((self.tasks[0], self.tasks[0]),)
         return tuple((a, b) for a in self.tasks for b in self.tasks if a != b)
+
+    @property
+    def shown_pairs(self) -> tuple[tuple[str, str], ...]:
+        """The task pairs that figures and tables show after every epoch: the twelve with the hottest cells.
+
+        All pairs of up to four tasks; ten tasks have ninety, and drawing takes time. The file has them all.
+        """
+        hottest = {pair: float(self.values(*pair).nan_to_num(nan=-1.0).max()) for pair in self.task_pairs}
+        shown = set(sorted(hottest, key=hottest.__getitem__, reverse=True)[:MAX_SHOWN_PAIRS])
+        return tuple(pair for pair in self.task_pairs if pair in shown)
 
     @property
     def samples_per_task(self) -> dict[str, int]:

@@ -49,7 +49,7 @@ def _tensorboard(logger: Any, heatmap: InterferenceHeatmap, images: Images, step
         logger.experiment.add_image(
             f"interference_{score}/{safe_name(a)}__{safe_name(b)}", image, step, dataformats="HWC"
         )
-    for a, b in heatmap.task_pairs:
+    for a, b in heatmap.shown_pairs:
         text = f"**{b} pushes on {a}** ({caption(heatmap)})\n\n{markdown_table(heatmap, a, b, select(heatmap, top=10))}"
         logger.experiment.add_text(f"hottest_cells/{safe_name(a)}__{safe_name(b)}", text, step)
 
@@ -74,7 +74,7 @@ def _wandb(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int)
             f"interference_interactive/{safe_name(a)}__{safe_name(b)}": wandb.Plotly(
                 interactive_heatmap(heatmap, a, b)
             )
-            for a, b in heatmap.task_pairs
+            for a, b in heatmap.shown_pairs
         },
         step,
     )
@@ -87,7 +87,7 @@ def _mlflow(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int
     for (a, b, score), image in images.items():
         client.log_image(run, image, f"{folder}/{score}_{safe_name(a)}__{safe_name(b)}.png")
     client.log_text(run, to_csv(COLUMNS, cell_rows(heatmap)), f"{folder}/cells.csv")
-    for a, b in heatmap.task_pairs:
+    for a, b in heatmap.shown_pairs:
         figure = interactive_heatmap(heatmap, a, b)
         client.log_figure(run, figure, f"{folder}/{safe_name(a)}__{safe_name(b)}.html")
 

@@ -290,7 +290,7 @@ class InterferenceMonitor(Callback):
             return
         images = {
             (a, b, score): render(heatmap_figure(heatmap, a, b, score))
-            for a, b in heatmap.task_pairs
+            for a, b in heatmap.shown_pairs
             for score in heatmap.scores
         }
         try:

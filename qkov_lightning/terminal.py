@@ -102,7 +102,7 @@ def epoch_table(heatmap: InterferenceHeatmap) -> Table:
         table.add_column(column)
     for score in heatmap.scores:
         table.add_column(score, justify="right")
-    for a, b in heatmap.task_pairs:
+    for a, b in heatmap.shown_pairs:
         cells = heatmap.cells(a, b)
         if not cells:
             counts = heatmap.samples_per_task

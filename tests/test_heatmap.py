@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_cells_come_hottest_first_and_only_with_data() -> None:
     assert [cell.value for cell in cells] == sorted((cell.value for cell in cells), reverse=True)
     assert not any(math.isnan(cell.value) for cell in cells)
     assert len(cells) == 2 * (4 + 4) + 2 + 2 * 2
+
+
+def test_of_many_task_pairs_the_hottest_twelve_are_shown() -> None:
+    original = heatmap()
+    assert original.shown_pairs == original.task_pairs
+    tasks = tuple(f"task-{index}" for index in range(6))
+    values = torch.rand(6, 6, 2, 4, 4, dtype=torch.float64)
+    values[5, 2, 1, 3, 0] = 7.0
+    many = dataclasses.replace(original, tasks=tasks, scores={"interference": values})
+    assert len(many.shown_pairs) == 12
+    assert ("task-5", "task-2") in many.shown_pairs
 
 
 def test_a_sample_pair_reads_as_a_sentence() -> None:
