@@ -119,7 +119,7 @@ class TextTasks(LightningDataModule):
         self.batch_size, self.context = batch_size, context
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(Windows(self.num_train, self.context, seed=0), self.batch_size)
+        return DataLoader(Windows(self.num_train, self.context, seed=0), self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(Windows(self.num_validation, self.context, seed=1), self.batch_size)

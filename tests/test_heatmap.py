@@ -114,7 +114,13 @@ def test_of_many_task_pairs_the_hottest_twelve_are_shown() -> None:
     tasks = tuple(f"task-{index}" for index in range(6))
     values = torch.rand(6, 6, 2, 4, 4, dtype=torch.float64)
     values[5, 2, 1, 3, 0] = 7.0
-    many = dataclasses.replace(original, tasks=tasks, scores={"interference": values})
+    many = dataclasses.replace(
+        original,
+        tasks=tasks,
+        scores={"interference": values},
+        standard_errors={},
+        num_samples=torch.ones(6, 2, 4, 4),
+    )
     assert len(many.shown_pairs) == 12
     assert ("task-5", "task-2") in many.shown_pairs
 
