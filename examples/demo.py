@@ -3,6 +3,7 @@
 Run with ``make demo``, or ``python examples/demo.py`` where qkov-lightning[tensorboard] is installed.
 """
 
+import logging
 import warnings
 from pathlib import Path
 
@@ -46,8 +47,10 @@ class ByteLanguageModel(LightningModule):
 
 
 def main() -> None:
-    # One process reads data that is in memory: Lightning's advice to add workers does not apply.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # One process reads data that is in memory: Lightning's advice to add workers does not apply. The other two lines
+    # are Lightning's own affairs.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     seed_everything(0, verbose=False)
     monitor = InterferenceMonitor()
     trainer = Trainer(
