@@ -23,13 +23,8 @@ from torch import Tensor
 
 from qkov_lightning.comparability import NotComparableError, check_comparable
 from qkov_lightning.heatmap import InterferenceHeatmap
+from qkov_lightning.interference import SCORES
 from qkov_lightning.projections import BLOCKS, Block
-
-FALLING = ("cosine",)
-"""Scores that fall when interference rises."""
-
-SYMMETRIC = ("cosine",)
-"""Scores that do not change when the two tasks change places: judged once a pair."""
 
 NUM_NEAREST = 10
 
@@ -52,7 +47,7 @@ class Finding:
         block: "Q", "K", "V" or "O". For a maximum: where it is now, like ``layer`` and ``head``.
         baseline: Value in the baseline.
         current: Value now.
-        rise: Growth of interference: ``current - baseline``, the other way round for ``cosine``.
+        rise: Growth of interference: ``current - baseline``, the other way round for a score that falls.
         standard_error: Standard error of the rise.
         lower_bound: Lower confidence bound of the rise, corrected for the number of quantities judged
             (Benjamini & Yekutieli 2005): above the tolerance exactly where there is drift.
@@ -194,7 +189,7 @@ class _Quantities:
 
 def _pairs(num_tasks: int, score: str) -> list[tuple[int, int]]:
     ordered = [(a, b) for a in range(num_tasks) for b in range(num_tasks) if a != b]
-    return [(a, b) for a, b in ordered if a < b or score not in SYMMETRIC]
+    return [(a, b) for a, b in ordered if a < b or not SCORES[score].symmetric]  # judged once a pair
 
 
 def _quantities(
@@ -225,7 +220,7 @@ def _quantities(
     )  # fmt: skip
 
     # The variance of a maximum is at most the largest variance (Gaussian Poincare inequality).
-    sign = -1 if score in FALLING else 1
+    sign = -1 if SCORES[score].falling else 1
     at_old, at_new = (int((sign * values).argmax()) for values in (old, new))
     maximum = _Quantities(
         "maximum", score, tasks, [places[at_new]], old[at_old : at_old + 1], new[at_new : at_new + 1],
@@ -255,7 +250,9 @@ def _decide(
         torch.cat([getattr(one, name) for one in judged]).double().numpy()
         for name in ("baseline", "current", "standard_error")
     )
-    sign = np.concatenate([np.full(len(one.places), -1.0 if one.score in FALLING else 1.0) for one in judged])
+    sign = np.concatenate([
+        np.full(len(one.places), -1.0 if SCORES[one.score].falling else 1.0) for one in judged
+    ])
     rise = sign * (new - old) + 0.0  # no minus zero
     excess = rise - tolerance
     with np.errstate(divide="ignore", invalid="ignore"):

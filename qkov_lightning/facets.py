@@ -14,6 +14,7 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import Normalize
 from matplotlib.patches import Rectangle
 
+from qkov_lightning.interference import SCORES
 from qkov_lightning.projections import BLOCKS
 
 HATCHES = {"no data": "////", "frozen": "xxxx"}
@@ -47,17 +48,20 @@ def scale_of(score: str, num_tasks: int, largest: float) -> Scale:
 
     Args:
         score: Name of the score.
-        num_tasks: Tasks in the pool: no cell can be more sensitive than that many times the average.
-        largest: Largest finite value; used only by scores in units.
+        num_tasks: Tasks in the pool, on which a natural range may depend.
+        largest: Largest finite size of a value; used only by scores in units.
 
     Returns:
-        The scale. Both colour maps are perceptually ordered and safe for colour-blind readers.
+        The scale. All colour maps are perceptually ordered and safe for colour-blind readers; of a signed score,
+        red is the end that interferes.
     """
-    if score == "cosine":
-        return Scale("RdBu", -1.0, 1.0, "-1 opposed, 1 aligned")
-    if score == "relative":
-        return Scale("magma", 0.0, float(max(2, num_tasks)), "1 = as sensitive as the average task")
-    return Scale("magma", 0.0, largest if largest > 0 else 1.0, "in units of gradient")
+    known = SCORES[score]
+    high = largest if largest > 0 else 1.0
+    low = -high if known.signed else 0.0
+    if known.natural_range is not None:
+        low, high = known.natural_range(num_tasks)
+    colours = ("RdBu" if known.falling else "RdBu_r") if known.signed else "magma"
+    return Scale(colours, low, high, known.meaning)
 
 
 def draw_facet(

@@ -26,7 +26,7 @@ def score_scale(heatmap: InterferenceHeatmap, score: str) -> Scale:
     """The scale of a score: the same over facets, pairs and epochs where the score has a natural range."""
     values = torch.stack([heatmap.values(a, b, score) for a, b in heatmap.task_pairs])
     finite = values[values.isfinite()]
-    return scale_of(score, len(heatmap.tasks), float(finite.max()) if finite.numel() else 0.0)
+    return scale_of(score, len(heatmap.tasks), float(finite.abs().max()) if finite.numel() else 0.0)
 
 
 def differs_from_control(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qkov_lightning.interference import SCORES
 from qkov_lightning.projections import BLOCKS, Block
 
 SCHEMA_VERSION = 1
@@ -313,6 +314,12 @@ class InterferenceHeatmap:
         if found != SCHEMA_VERSION:
             raise HeatmapError(
                 f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
+            )
+        unknown = sorted(set(data.get("scores", ())) - set(SCORES))
+        if unknown:
+            raise HeatmapError(
+                f"unknown score {', '.join(map(repr, unknown))}; this version knows {', '.join(SCORES)}. Read the file with "
+                "the version that wrote it."
             )
         try:
             return cls(

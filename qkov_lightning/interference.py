@@ -8,7 +8,8 @@ i's own loss, :math:`C_i = g_i^2` its contribution, :math:`I` the Fisher pooled 
 The mean of :math:`M_{ij}` over all pairs of a sample of task A and a sample of task B factorises into
 :math:`\langle \bar u_A, \bar v_B \rangle`, and so do its marginals: no score here ever looks at a pair.
 
-A new score is one function from :class:`SliceStatistics` to :class:`Estimate`, listed in ``SCORES``.
+A new score is one function from :class:`SliceStatistics` to :class:`Estimate`, and one entry of ``SCORES``, which says
+all that figures, tables and the gate need to know of it.
 """
 
 from __future__ import annotations
@@ -180,11 +181,52 @@ def cosine(s: SliceStatistics) -> Estimate:
     )
 
 
-SCORES: dict[str, Callable[[SliceStatistics], Estimate]] = {
-    "interference": interference,
-    "relative": relative,
-    "cosine": cosine,
+@dataclass(frozen=True)
+class Score:
+    """All that is known of a score: nothing downstream asks for its name.
+
+    Attributes:
+        name: Name in results, scalars and files.
+        function: Computes it.
+        meaning: How to read the numbers, in a few words.
+        natural_range: Least and greatest value, given the number of tasks; None for a score in units.
+        falling: Whether it falls when interference rises.
+        symmetric: Whether it stays the same when the two tasks change places.
+        signed: Whether zero lies in the middle and both signs mean something.
+    """
+
+    name: str
+    function: Callable[[SliceStatistics], Estimate]
+    meaning: str
+    natural_range: Callable[[int], tuple[float, float]] | None = None
+    falling: bool = False
+    symmetric: bool = False
+    signed: bool = False
+
+
+SCORES: dict[str, Score] = {
+    score.name: score
+    for score in (
+        Score("interference", interference, "in units of gradient"),
+        Score(
+            "relative",
+            relative,
+            "1 = as sensitive as the average task",
+            # No cell can be more sensitive than the number of tasks times the average.
+            natural_range=lambda num_tasks: (0.0, float(max(2, num_tasks))),
+        ),
+        Score(
+            "cosine",
+            cosine,
+            "-1 opposed, 1 aligned",
+            natural_range=lambda _: (-1.0, 1.0),
+            falling=True,
+            symmetric=True,
+            signed=True,
+        ),
+    )
 }
+"""Every score; the first is the one that is shown first."""
 
 
 def damped(fisher: Float[Tensor, "head weight"], damping: float) -> Float[Tensor, "head weight"]:
@@ -193,7 +235,7 @@ def damped(fisher: Float[Tensor, "head weight"], damping: float) -> Float[Tensor
 
 
 def slice_statistics(
-    chunks: Iterable[Float[Tensor, "chunk head weight"]],
+    chunks: Iterable[Float[Tensor, "_ head weight"]],
     task_indices: Int[Tensor, sample],
     num_tasks: int,
     fisher: Float[Tensor, "head weight"],
@@ -309,11 +351,11 @@ def head_interference(
     indices = torch.tensor([names.index(task) for task in tasks], device=gradients.device)
     statistics = slice_statistics([gradients], indices, len(names), fisher, damping)
     result: dict[tuple[str, str], dict[str, Tensor]] = {(a, b): {} for a in names for b in names}
-    for score, function in SCORES.items():
-        estimate = function(statistics)
+    for score in SCORES.values():
+        estimate = score.function(statistics)
         for (a, b), scores in result.items():
-            scores[score] = estimate.value[names.index(a), names.index(b)]
-            scores[f"{score}_standard_error"] = estimate.variance[names.index(a), names.index(b)].sqrt()
+            scores[score.name] = estimate.value[names.index(a), names.index(b)]
+            scores[f"{score.name}_standard_error"] = estimate.variance[names.index(a), names.index(b)].sqrt()
     return result
 
 

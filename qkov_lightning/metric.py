@@ -76,7 +76,7 @@ class HeadInterference(Metric):
 
     def update(
         self,
-        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "chunk head weight"]],
+        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "_ head weight"]],
         tasks: Sequence[str] | Int[Tensor, sample],
         fisher: Float[Tensor, "head weight"],
         *,
@@ -114,13 +114,13 @@ class HeadInterference(Metric):
         enough = count >= MIN_SAMPLES
         num_pairs = count[:, None] * (count[None, :] - torch.eye(len(count)).to(count))
         num_pairs = torch.where(enough[:, None] & enough[None, :], num_pairs, 0).unsqueeze(-1)
-        for score, function in SCORES.items():
-            estimate = function(statistics)
+        for score in SCORES.values():
+            estimate = score.function(statistics)
             # A NaN without pairs is "no data yet"; any other NaN (0 / 0) stays one.
             value = torch.where(num_pairs > 0, estimate.value * num_pairs, 0)
             variance = torch.where(num_pairs > 0, estimate.variance * num_pairs.square(), 0)
-            getattr(self, f"{score}_sum")[cell] += value.to(self.num_pairs)
-            getattr(self, f"{score}_variance_sum")[cell] += variance.to(self.num_pairs)
+            getattr(self, f"{score.name}_sum")[cell] += value.to(self.num_pairs)
+            getattr(self, f"{score.name}_variance_sum")[cell] += variance.to(self.num_pairs)
         self.num_pairs[cell] += num_pairs.to(self.num_pairs)
         self.num_samples[cell] += count[:, None].to(self.num_samples)
 
@@ -166,7 +166,7 @@ class HeadInterference(Metric):
             raise ValueError(f"Unknown score {score!r}; there are {', '.join(SCORES)}.")
         first, second = self._indices(pair or (self.tasks[0], self.tasks[-1 if len(self.tasks) < 2 else 1]))
         values = result[score].detach().cpu().double()
-        largest = float(values.nan_to_num(0.0).max())
+        largest = float(values.nan_to_num(0.0).abs().max())
         if ax is None:
             from matplotlib import pyplot  # chooses a display, so only when one is asked for
 

@@ -21,6 +21,7 @@ from qkov_lightning.cache import CacheError, GradientCache, adopt_directory
 from qkov_lightning.capture import GradientCapture, LossReduction
 from qkov_lightning.figures import heatmap_figure, render, save_image
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair, safe_name
+from qkov_lightning.interference import SCORES
 from qkov_lightning.loggers import send
 from qkov_lightning.measurement import measure_interference
 from qkov_lightning.probe import Probe, find_probe, probe_interference
@@ -473,15 +474,16 @@ def _gather(pairs: list[SamplePair], trainer: Trainer) -> list[SamplePair]:
 def _scalars(heatmap: InterferenceHeatmap) -> dict[str, float]:
     """A handful of numbers per task pair, and one over all pairs, to stop or checkpoint on."""
     result: dict[str, float] = {}
+    first = next(iter(heatmap.scores))
     for a, b in heatmap.task_pairs:
         key = f"{safe_name(a)}__{safe_name(b)}"
-        for name, score, reduce in (
-            ("max", "interference", _largest),
-            ("mean", "interference", torch.nanmean),
-            ("relative_max", "relative", _largest),
-            ("cosine_min", "cosine", lambda values: -_largest(-values)),
-        ):
-            result[f"{key}/{name}"] = float(reduce(heatmap.values(a, b, score)))
+        result[f"{key}/mean"] = float(heatmap.values(a, b).nanmean())
+        for score in heatmap.scores:
+            values, prefix = heatmap.values(a, b, score), "" if score == first else f"{score}_"
+            if SCORES[score].falling:
+                result[f"{key}/{prefix}min"] = -float(_largest(-values))
+            else:
+                result[f"{key}/{prefix}max"] = float(_largest(values))
     result["max"] = max((value for key, value in result.items() if key.endswith("/max")), default=math.nan)
     return result
 

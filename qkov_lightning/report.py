@@ -9,11 +9,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qkov_lightning.drift import FALLING
 from qkov_lightning.facets import scale_of
 from qkov_lightning.figures import NOISE, num_heads_of
 from qkov_lightning.heatmap import InterferenceHeatmap, printable
 from qkov_lightning.interactive import colour_axis, facet_data, interactive_heatmap, require_plotly
+from qkov_lightning.interference import SCORES
 from qkov_lightning.tables import SelectionError
 
 MAX_NUMBERS = 3_000_000
@@ -143,7 +143,7 @@ def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
     kept = _thinned(same, max(2, max_numbers // per_frame))
     largest = {
         score: max(
-            float(heatmap.values(a, b, score).nan_to_num(0.0).max())
+            float(heatmap.values(a, b, score).nan_to_num(0.0).abs().max())
             for heatmap in kept
             for a, b in last.task_pairs
         )
@@ -164,7 +164,7 @@ def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
         "pairs": [[printable(a), printable(b)] for a, b in last.task_pairs],
         "scores": list(last.scores),
         "scales": {
-            score: {"meaning": scale.meaning, "axis": colour_axis(scale), "falling": score in FALLING}
+            score: {"meaning": scale.meaning, "axis": colour_axis(scale), "falling": SCORES[score].falling}
             for score, scale in scales.items()
         },
         "layers": [layer.name for layer in last.layers],

@@ -9,8 +9,9 @@ from dataclasses import asdict
 from typing import Any
 from xml.etree import ElementTree
 
-from qkov_lightning.drift import SYMMETRIC, DriftReport, Finding
+from qkov_lightning.drift import DriftReport, Finding
 from qkov_lightning.heatmap import printable
+from qkov_lightning.interference import SCORES
 
 MAX_ROWS = 50
 MAX_ANNOTATIONS = 10
@@ -140,7 +141,7 @@ def as_junit(report: DriftReport) -> str:
     tests = 0
     for score in report.scores:
         for a, b in itertools.permutations(report.tasks, 2):
-            if score in SYMMETRIC and report.tasks.index(a) > report.tasks.index(b):
+            if SCORES[score].symmetric and report.tasks.index(a) > report.tasks.index(b):
                 continue
             tests += 1
             name = printable(f"{score}: {b} pushes on {a}")

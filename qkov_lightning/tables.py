@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qkov_lightning.drift import FALLING
 from qkov_lightning.heatmap import Cell, InterferenceHeatmap, safe_name
+from qkov_lightning.interference import SCORES
 from qkov_lightning.projections import BLOCKS, Block
 
 COLUMNS = (
@@ -47,7 +47,7 @@ class Selection:
     def cells(self, heatmap: InterferenceHeatmap, a: str, b: str) -> list[Cell]:
         """Cells of a pair, the ones with most interference first."""
         cells = [c for c in heatmap.cells(a, b, self.score) if self.block in {None, c.block}]
-        return (cells[::-1] if self.score in FALLING else cells)[: self.top]
+        return (cells[::-1] if SCORES[self.score].falling else cells)[: self.top]
 
 
 def select(

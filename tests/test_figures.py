@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from synthetic import make_heatmap
 
 from qkov_lightning import EmpiricalFisher, HeadInterference
+from qkov_lightning.facets import scale_of
 from qkov_lightning.figures import differs_from_control, heatmap_figure, render, score_scale
+from qkov_lightning.interference import SCORES
 
 
 def test_facets_have_widths_by_head_count_and_layer_0_on_top() -> None:
@@ -52,6 +54,17 @@ def test_scale_in_units_spans_all_pairs_of_the_heatmap() -> None:
     heatmap = make_heatmap(tasks=("math", "code", "prose"))
     largest = max(float(heatmap.values(a, b).nan_to_num(0).max()) for a, b in heatmap.task_pairs)
     assert score_scale(heatmap, "interference").high == largest
+
+
+def test_red_is_the_end_that_interferes_and_signed_scores_have_zero_in_the_middle() -> None:
+    for score in SCORES.values():
+        scale = scale_of(score.name, num_tasks=3, largest=4.0)
+        if not score.signed:
+            assert scale.colormap == "magma"
+            continue
+        assert scale.low == -scale.high
+        red, _, blue, _ = colormaps[scale.colormap](0.0 if score.falling else 1.0)
+        assert red > blue
 
 
 def test_frozen_and_no_data_are_hatched_differently_and_heads_that_do_not_exist_are_white() -> None:

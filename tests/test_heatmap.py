@@ -143,6 +143,10 @@ def test_a_task_never_seen_is_refused() -> None:
         ("[]", "schema None, expected 1"),
         ('{"schema": 99}', "schema 99, expected 1"),
         ('{"schema": 1}', "not an interference heatmap: KeyError"),
+        (
+            '{"schema": 1, "scores": {"heat": []}}',
+            "unknown score 'heat'; this version knows interference, relative",
+        ),
     ],
 )
 def test_a_file_that_is_no_heatmap_is_refused(tmp_path: Path, text: str, message: str) -> None:
