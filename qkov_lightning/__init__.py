@@ -1,8 +1,10 @@
 """Where in a transformer do several tasks interfere? A Lightning callback that answers per head."""
 
 from qkov_lightning.architectures import ArchitectureError, find_projections, register_architecture
+from qkov_lightning.autograd_comparison import CaptureVerification, CellError
 from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CaptureWarning, GradientCapture
+from qkov_lightning.capture_check import verify_capture
 from qkov_lightning.comparability import NotComparableError
 from qkov_lightning.drift import DriftReport, Finding, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
@@ -21,8 +23,10 @@ __all__ = [
     "ArchitectureError",
     "Block",
     "CacheError",
+    "CaptureVerification",
     "CaptureWarning",
     "CellCheck",
+    "CellError",
     "DriftReport",
     "EmpiricalFisher",
     "Finding",
@@ -45,5 +49,6 @@ __all__ = [
     "register_logger",
     "samples_from_positions",
     "task",
+    "verify_capture",
     "verify_projections",
 ]

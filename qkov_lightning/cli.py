@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from qkov_lightning.capture import LossReduction
+from qkov_lightning.capture_check import verify_capture
 from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
 from qkov_lightning.inspection import describe, load_model, token_batch
@@ -119,6 +120,40 @@ def probe(
     heatmap.save(output)
     Console().print(epoch_table(heatmap))
     sys.stdout.write(f"{output}\n")
+
+
+def verify(
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    checkpoint: Path | None = None,
+    hook: str = "train_dataloader",
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss_reduction: LossReduction = "mean",
+) -> None:
+    """Compare the captured gradients of a batch with those of each of its samples alone.
+
+    Args:
+        model: LightningModule with the arguments it is trained with (`--model my_module.MyModel --model.width 64`).
+        data: LightningDataModule whose first batch is taken; a few samples are enough.
+        checkpoint: Checkpoint that Lightning wrote; the weights that the model starts with without it.
+        hook: Method of the data module (or the model) that returns the DataLoader.
+        loss: Function of the model and a batch; the model's `training_step` without it.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
+
+    Raises:
+        ValueError: If the model or the data is missing, or a gradient is not the one of the sample alone.
+    """
+    if model is None or data is None:
+        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    batch = next(iter(find_probe(hook, data, model)))
+    verification = verify_capture(model, batch, loss=loss, loss_reduction=loss_reduction)
+    Console().print(verification)
+    if not verification.passed:
+        raise ValueError(verification.summary)
 
 
 def gate(
@@ -231,6 +266,7 @@ def main() -> None:
         "show": show,
         "report": report,
         "probe": probe,
+        "verify": verify,
         "gate": gate,
         "diff": diff,
         "baseline": {"_help": "The accepted heatmap of `qkov gate`.", "update": update_baseline},

@@ -6,10 +6,7 @@ Two measurements of one checkpoint on one machine are bit-identical.
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import pickle
-import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
@@ -32,6 +27,7 @@ from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
 from qkov_lightning.jackknife import jackknife_errors
 from qkov_lightning.measurement import measure_interference
 from qkov_lightning.projections import Projection
+from qkov_lightning.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.samples import read_labels
 
 NO_LIMIT = 2**62
@@ -43,7 +39,6 @@ MAX_GROUPS = 16
 FISHER = "mean over the probe"
 """What the heatmap's notes say of its Fisher."""
 
-Loss = Callable[[nn.Module, Any], Tensor]
 Probe = DataLoader[Any] | Sequence[Any]
 """A DataLoader, several of them, or batches in a list."""
 
@@ -96,7 +91,7 @@ def probe_interference(
         ValueError: If the probe shuffles, is empty or repeats a sample, if there is no loss, or if a gradient
             is not finite.
     """
-    step_loss = loss or _training_loss(model)
+    step_loss = loss or training_loss(model)
     projections = list(projections or find_projections(model))
     modules = [model.get_submodule(name) for name in dict.fromkeys(p.module_name for p in projections)]
     weights = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -104,15 +99,12 @@ def probe_interference(
     seen: Counter[tuple[str, str]] = Counter()
     with (
         tempfile.TemporaryDirectory(prefix="qkov-probe-") as directory,
-        torch.inference_mode(False),
-        _untouched(model),
-        _fixed_randomness(),
-        _eager(),
+        rehearsing(model, evaluation=True),
     ):
         cache = GradientCache(directory, max_samples_per_task=NO_LIMIT, max_bytes=NO_LIMIT)
         with GradientCapture(model, projections, loss_reduction) as capture, torch.enable_grad():
             for index, batch in enumerate(_batches(probe)):
-                batch = _to_device(model, batch, device)
+                batch = to_device(model, batch, device)
                 capture.start()
                 value = step_loss(model, batch)
                 _check_loss(value, index)
@@ -212,27 +204,6 @@ def load_weights(model: LightningModule, checkpoint: Path) -> tuple[int, int]:
         ) from error
 
 
-def _training_loss(model: nn.Module) -> Loss:
-    """The loss that ``training_step`` returns.
-
-    Raises:
-        ValueError: If there is none to call.
-    """
-    if not isinstance(model, LightningModule) or not model.automatic_optimization:
-        raise ValueError(
-            f"{type(model).__name__} has no `training_step` that returns a loss (a LightningModule with automatic "
-            "optimisation has one): pass `loss=<function of the model and a batch>`."
-        )
-    takes_index = len(inspect.signature(model.training_step).parameters) > 1
-
-    def loss(model: Any, batch: Any) -> Tensor:
-        outputs = model.training_step(batch, 0) if takes_index else model.training_step(batch)
-        value: Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs
-        return value
-
-    return loss
-
-
 def _batches(probe: Probe) -> Iterator[Any]:
     """The batches of all loaders, whose own generators are left as they were.
 
@@ -256,14 +227,6 @@ def _batches(probe: Probe) -> Iterator[Any]:
         finally:
             if generator is not None:
                 generator.set_state(state)
-
-
-def _to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
-    if not isinstance(model, LightningModule):
-        return move_data_to_device(batch, device)
-    if model._trainer is not None:
-        return model.trainer.strategy.batch_to_device(batch, device)
-    return model.on_after_batch_transfer(model.transfer_batch_to_device(batch, device, 0), 0)
 
 
 def _check_loss(value: object, index: int) -> None:
@@ -291,76 +254,3 @@ def _check_captured(captured: Sequence[CapturedStep], index: int, seen: Counter[
             f"Sample {sample!r} of task {task!r} is in the probe {count} times (again in batch {index}), expected every "
             "sample once with an identifier of its own."
         )
-
-
-@contextlib.contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, nothing logged, and every attribute and buffer as before in the end."""
-    saved = [_Saved(module) for module in model.modules()]
-    try:
-        model.eval()
-        if isinstance(model, LightningModule):
-            vars(model)["log"] = _ignore
-        yield
-    finally:
-        for one in saved:
-            one.restore()
-
-
-def _ignore(*_: object, **__: object) -> None:
-    """Stand in for ``LightningModule.log``: the probe's loss is no training loss."""
-
-
-class _Saved:
-    """Attributes of one module: which objects they are, and the contents of tensors and containers.
-
-    Metrics keep their states in such attributes, outside of the buffers.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._attributes = vars(module)
-        self._values = dict(self._attributes)
-        values = [*self._values.values(), *module._buffers.values()]
-        self._tensors = [
-            (value, value.detach().clone())
-            for value in values
-            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-        ]
-        self._lists = [(value, list(value)) for value in values if type(value) is list]
-        self._dicts = [(value, value.copy()) for value in values if isinstance(value, dict)]
-
-    def restore(self) -> None:
-        self._attributes.clear()
-        self._attributes.update(self._values)
-        for values, before in self._lists:
-            values[:] = before
-        for mapping, content in self._dicts:
-            mapping.clear()
-            mapping.update(content)
-        with torch.no_grad():
-            for tensor, value in self._tensors:
-                if not torch.equal(tensor, value):
-                    tensor.copy_(value)
-
-
-@contextlib.contextmanager
-def _fixed_randomness() -> Iterator[None]:
-    """The same random numbers each time, and the run's own ones untouched."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code would pass by the taps."""
-    if hasattr(torch.compiler, "set_stance"):
-        return torch.compiler.set_stance("force_eager")
-    return contextlib.nullcontext()

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from qkov_lightning import InterferenceMonitor, find_projections, head_interference, probe_interference
-from qkov_lightning.probe import _fixed_randomness
 from qkov_lightning.projections import BLOCKS
+from qkov_lightning.rehearsal import _fixed_randomness
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
