@@ -10,13 +10,14 @@ from qkov_lightning.drift import DriftReport, Finding, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
 from qkov_lightning.inspection import describe
-from qkov_lightning.interference import head_interference
+from qkov_lightning.interference import head_interference, sample_pairs
 from qkov_lightning.loggers import register_logger
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.probe import probe_interference
 from qkov_lightning.projections import Block, Projection, contiguous_heads
 from qkov_lightning.samples import samples_from_positions, task
+from qkov_lightning.statistics import PermutationTest, bootstrap_standard_error, permutation_test
 from qkov_lightning.verification import CellCheck, Verification, verify_projections
 
 __all__ = [
@@ -37,16 +38,20 @@ __all__ = [
     "InterferenceHeatmap",
     "InterferenceMonitor",
     "NotComparableError",
+    "PermutationTest",
     "Projection",
     "Verification",
+    "bootstrap_standard_error",
     "check_drift",
     "contiguous_heads",
     "describe",
     "find_projections",
     "head_interference",
+    "permutation_test",
     "probe_interference",
     "register_architecture",
     "register_logger",
+    "sample_pairs",
     "samples_from_positions",
     "task",
     "verify_capture",

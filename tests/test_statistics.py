@@ -65,6 +65,15 @@ def test_a_p_value_is_never_zero_and_repeats_with_its_seed() -> None:
     assert torch.equal(first.p_value, permutation_test(pairs, is_a, num_permutations=99).p_value)
 
 
+def test_pairs_in_float32_give_the_p_values_of_float64() -> None:
+    """With as many samples of A as of B, swapping them all is a tie, which rounding must not break."""
+    pairs, is_a = make_pairs(4, split=0.2, cells=20)
+    pairs = 1000 + pairs.float()
+    expected = permutation_test(pairs.double(), is_a, num_permutations=2000)
+    result = permutation_test(pairs, is_a, num_permutations=2000)
+    torch.testing.assert_close(result.p_value, expected.p_value, rtol=0, atol=0)
+
+
 def test_the_bootstrap_agrees_with_the_standard_errors_of_the_scores() -> None:
     generator = torch.Generator().manual_seed(2)
     gradients = torch.randn(120, 3, 20, generator=generator, dtype=torch.float64)
