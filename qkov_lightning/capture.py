@@ -58,7 +58,7 @@ class CapturedStep:
     def is_finite(self) -> bool:
         """Whether no factor has a NaN or an infinity (an overflow under mixed precision, say)."""
         tensors = {id(t): t for f in self.factors.values() for t in (f.activation, f.grad_output)}
-        return bool(self.scales.isfinite().all()) and all(bool(t.isfinite().all()) for t in tensors.values())
+        return bool(self.scales.isfinite().all()) and all(_is_finite(t) for t in tensors.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,21 +409,40 @@ def _join(
     calls = next(iter(modules.values()))
     # Autocast computed the weight gradient from the activation in the precision of the output.
     dtype = calls[0].grad_output.dtype
-    activation = torch.cat([call.activation.flatten(0, -2) for call in calls]).to(dtype)
-    grads = {
-        name: torch.cat([_rescaled(call, scale).flatten(0, -2) for call in own])
-        for name, own in modules.items()
-    }
+    activation = _tokens([call.activation for call in calls]).to(dtype)
+    grads = {name: _tokens([_rescaled(call, scale) for call in own]) for name, own in modules.items()}
     sample = torch.cat([_sample_of_token(call, num_samples, token_samples) for call in calls]).to(
         activation.device
     )
-    keep = torch.stack([(grad != 0).any(dim=1) for grad in grads.values()]).any(dim=0) & (sample >= 0)
+    keep = torch.stack([_is_nonzero(grad) for grad in grads.values()]).any(dim=0) & (sample >= 0)
     order = keep.nonzero().flatten()
     order = order[sample[order].argsort(stable=True)]
     offsets = torch.zeros(num_samples + 1, dtype=torch.int64)
     offsets[1:] = torch.bincount(sample[order], minlength=num_samples).cumsum(0)
-    activation = activation[order]
-    return {name: GradientFactors(activation, grad[order], offsets) for name, grad in grads.items()}
+    # Always a copy, even of all tokens in order: the tensors of the model may be overwritten any time.
+    activation = activation.index_select(0, order)
+    return {
+        name: GradientFactors(activation, grad.index_select(0, order), offsets)
+        for name, grad in grads.items()
+    }
+
+
+def _tokens(calls: list[Tensor]) -> Tensor:
+    """The tokens of all calls of a module; of the usual single call without a copy."""
+    flat = [call.flatten(0, -2) for call in calls]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _is_nonzero(tokens: Tensor) -> Tensor:
+    """Whether a token has any feature that is not zero.
+
+    From the extremes, like ``_is_finite``: they write nothing of the size of the input, and NaN survives them.
+    """
+    return (tokens.amax(dim=1) != 0) | (tokens.amin(dim=1) != 0)
+
+
+def _is_finite(tokens: Tensor) -> bool:
+    return bool(tokens.amax(dim=1).isfinite().all()) and bool(tokens.amin(dim=1).isfinite().all())
 
 
 def _sample_of_token(call: _Delivery, num_samples: int, token_samples: Tensor | None) -> Tensor:

@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from qkov_lightning import CaptureWarning, GradientCapture, find_projections, task
-from qkov_lightning.capture import CapturedStep
+from qkov_lightning.capture import CapturedStep, GradientFactors
 from qkov_lightning.gradients import dense_gradients, head_gradients
-from qkov_lightning.samples import label_samples
+from qkov_lightning.samples import Samples, label_samples
 
 # Float64 products of the same numbers in another order: a few units in the last place of the largest term.
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
@@ -319,3 +319,33 @@ def test_too_few_tasks_are_refused() -> None:
     model = grouped()
     with pytest.raises(ValueError, match=r"3 tasks \(or sample ids\) were given, but .* have 4 rows"):
         run(model, lambda: model(TOKENS).sum(), tasks=TASKS[:3])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("field", ["activation", "grad_output"])
+def test_one_value_that_is_not_finite_is_noticed(field: str, value: float) -> None:
+    tensors = {"activation": torch.randn(6, 3), "grad_output": torch.randn(6, 2)}
+    offsets = torch.tensor([0, 2, 6])
+
+    def step() -> CapturedStep:
+        samples = Samples(("math", "code"), ("0", "1"))
+        return CapturedStep(samples, torch.ones(2), {"q_proj": GradientFactors(**tensors, offsets=offsets)})
+
+    assert step().is_finite
+    tensors[field][4, 1] = value
+    assert not step().is_finite
+    tensors = {name: tensor[:0] for name, tensor in tensors.items()}  # every token was padding
+    offsets = torch.zeros(3, dtype=torch.int64)
+    assert step().is_finite
+
+
+def test_factors_keep_their_values_when_the_model_overwrites_its_tensors() -> None:
+    model = grouped(layers=1)
+    hidden = model.embedding(TOKENS).detach()
+    with GradientCapture(model, find_projections(model)) as capture:
+        capture.start()
+        model.layers[0](hidden).sum().backward()
+        (step,) = capture.finish(lambda: label_samples(TASKS))
+    before = {name: factors.activation.clone() for name, factors in step.factors.items()}
+    hidden.zero_()
+    assert all(torch.equal(step.factors[name].activation, tensor) for name, tensor in before.items())
