@@ -136,7 +136,12 @@ class InterferenceMonitor(Callback):
     # When to capture
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads and install the taps, before anything is compiled."""
+        """Place the heads and install the taps, before anything is compiled.
+
+        Raises:
+            ValueError: If the strategy is one under which gradients would be wrong.
+        """
+        _check_strategy(trainer)
         self._projections = list(self.projections or find_projections(pl_module))
         if self.probe is not None:
             return
@@ -456,6 +461,28 @@ class InterferenceMonitor(Callback):
 def _check(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
         raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse the strategies that split a projection, or scale the loss, where no tap sees it.
+
+    Raises:
+        ValueError: If the trainer has one of them.
+    """
+    # By name: Lightning has two packages, with a class each.
+    for name in (cls.__name__ for cls in type(trainer.strategy).__mro__):
+        if name in {"FSDPStrategy", "DeepSpeedStrategy"}:
+            raise ValueError(
+                f"InterferenceMonitor cannot vouch for its numbers under {name}: it is tested with one device, DDPStrategy and "
+                "ModelParallelStrategy (FSDP2: `fully_shard` in `configure_model`). Use one of these."
+            )
+        if name == "ModelParallelStrategy":
+            size = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
+            if size > 1:
+                raise ValueError(
+                    f"InterferenceMonitor cannot see whole heads under ModelParallelStrategy with tensor_parallel_size={size}: each "
+                    "process computes a part of every projection. Say tensor_parallel_size=1 and shard with `fully_shard`."
+                )
 
 
 def _agree_on(error: CacheError | None, trainer: Trainer) -> None:
