@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -158,6 +159,7 @@ class GradientCapture:
         self._calls: list[_Call] = []
         self._ran_without_grad: set[str] = set()
         self._problems: dict[str, str] = {}
+        self._leftovers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.scale = 1.0
 
     def install(self) -> None:
@@ -193,6 +195,12 @@ class GradientCapture:
         self._reset()
         self._active = True
         self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        # Earlier steps leave gradients behind (accumulation, several optimisers); references would keep their memory.
+        for module in self._modules.values():
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    grad = parameter.grad
+                    self._leftovers[id(parameter)] = (weakref.ref(grad), grad._version)
 
     def discard(self) -> None:
         """Forget the step."""
@@ -305,13 +313,22 @@ class GradientCapture:
                 continue
             if name in ran:
                 self._problems[name] = "it ran forward, but no gradient of its output arrived"
-            elif is_trainable(module) and any(
-                p.grad is not None and bool(p.grad.any()) for p in module.parameters()
-            ):
+            elif is_trainable(module) and any(self._got_gradient(p) for p in module.parameters()):
                 self._problems[name] = (
                     "it has a gradient, but its forward pass was not seen (compiled before the monitor "
                     "started, or its weight used without calling it)"
                 )
+
+    def _got_gradient(self, parameter: nn.Parameter) -> bool:
+        """Whether the step added to the gradient of a parameter."""
+        grad = parameter.grad
+        if grad is None:
+            return False
+        known, version = self._leftovers.get(id(parameter), (lambda: None, -1))
+        if known() is grad and grad._version == version:
+            return False
+        # Under FSDP2 the whole is shared out, and asking for it would wait for the other processes.
+        return bool(getattr(grad, "to_local", lambda: grad)().any())
 
     def _collect(self, labels: Labels, calls: list[_Call]) -> CapturedStep:
         deliveries = [delivery for call in calls for delivery in call.deliveries]

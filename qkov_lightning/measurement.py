@@ -35,6 +35,17 @@ MAX_CELLS = 20_000_000
 """Values of one score in a heatmap: 100 tasks at 28 layers x 16 heads."""
 
 Gather = Callable[[list[SamplePair]], list[SamplePair]]
+Agree = Callable[[CacheError | None], None]
+
+
+def raise_alone(error: CacheError | None) -> None:
+    """Agreement of a single process with itself.
+
+    Raises:
+        CacheError: If there is an error.
+    """
+    if error is not None:
+        raise error
 
 
 class _ProjectionGradients:
@@ -98,6 +109,7 @@ def measure_interference(
     rank: int = 0,
     world_size: int = 1,
     gather: Gather = lambda pairs: pairs,
+    agree: Agree = raise_alone,
     step: int = 0,
     epoch: int = 0,
     notes: dict[str, Any] | None = None,
@@ -119,6 +131,7 @@ def measure_interference(
         rank: This process; it takes every ``world_size``-th layer.
         world_size: Number of processes.
         gather: Joins the sample pairs of all processes.
+        agree: Raises in all processes if one of them has an error: one that stopped alone would leave the others waiting.
         step: Optimiser steps done, for the result.
         epoch: Epoch, for the result.
         notes: Facts about the run, for the result.
@@ -145,17 +158,25 @@ def measure_interference(
             "a heatmap can hold. Is `task_of` the identifier of a sample? Map it to fewer tasks."
         )
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
-    fisher_directory.mkdir(parents=True, exist_ok=True)
     own = [projection for projection in projections if projection.layer % world_size == rank]
-    for projection in own:
-        gradients = _ProjectionGradients(projection, records, torch.device(device))
-        fisher = _fold(projection, gradients, fisher_directory, previous_fisher, folded_until, fisher_decay)
-        if gradients.records and fisher.tasks:
-            indices = _task_indices(gradients.records, masks, tasks)
-            metric.update(
-                gradients, indices, fisher.pooled().to(device), layer=projection.layer, block=projection.block
+    failure: CacheError | None = None
+    try:
+        fisher_directory.mkdir(parents=True, exist_ok=True)
+        for projection in own:
+            gradients = _ProjectionGradients(projection, records, torch.device(device))
+            fisher = _fold(
+                projection, gradients, fisher_directory, previous_fisher, folded_until, fisher_decay
             )
-        on_projection()
+            if gradients.records and fisher.tasks:
+                indices = _task_indices(gradients.records, masks, tasks)
+                pooled = fisher.pooled().to(device)
+                metric.update(gradients, indices, pooled, layer=projection.layer, block=projection.block)
+            on_projection()
+    except CacheError as error:
+        failure = error
+    except OSError as error:
+        failure = CacheError(f"The Fisher cannot be written to {fisher_directory}: {error}")
+    agree(failure)
     result = {name: value.cpu() for name, value in metric.compute().items()}
     heatmap = InterferenceHeatmap(
         tasks=tuple(tasks),
@@ -167,9 +188,13 @@ def measure_interference(
         epoch=epoch,
         notes=notes or {},
     )
-    pairs = gather(
-        _hottest_pairs(heatmap, own, records, masks, fisher_directory, damping, num_hot_cells, device)
-    )
+    pairs: list[SamplePair] = []
+    try:
+        pairs = _hottest_pairs(heatmap, own, records, masks, fisher_directory, damping, num_hot_cells, device)
+    except CacheError as error:
+        failure = error
+    agree(failure)
+    pairs = gather(pairs)
     pairs.sort(key=lambda pair: -pair.value)
     return replace(heatmap, pairs=tuple(pairs))
 

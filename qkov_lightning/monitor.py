@@ -137,7 +137,12 @@ class InterferenceMonitor(Callback):
     # When to capture
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads and install the taps, before anything is compiled."""
+        """Place the heads and install the taps, before anything is compiled.
+
+        Raises:
+            ValueError: If the strategy is one under which gradients would be wrong.
+        """
+        _check_strategy(trainer)
         self._projections = list(self.projections or find_projections(pl_module))
         if self.probe is not None:
             return
@@ -151,11 +156,7 @@ class InterferenceMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the cache, of a new run or of the one that a checkpoint belongs to."""
         self._switched_off = False
-        try:
-            self._open(trainer)
-        except CacheError as error:
-            self._switch_off(error)
-        self._agree(trainer)
+        self._open(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -243,6 +244,7 @@ class InterferenceMonitor(Callback):
                         rank=trainer.global_rank,
                         world_size=trainer.world_size,
                         gather=lambda pairs: _gather(pairs, trainer),
+                        agree=lambda error: _agree_on(error, trainer),
                         step=trainer.global_step,
                         epoch=trainer.current_epoch,
                         notes=dict(self._counters),
@@ -274,6 +276,7 @@ class InterferenceMonitor(Callback):
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
                 gather=lambda pairs: _gather(pairs, trainer),
+                agree=lambda error: _agree_on(error, trainer),
                 step=trainer.global_step,
                 epoch=trainer.current_epoch,
             )
@@ -342,10 +345,9 @@ class InterferenceMonitor(Callback):
                 self._switch_off(error)
 
     def _open(self, trainer: Trainer) -> None:
-        """Open the cache of this run: a new one, or that of the checkpoint.
+        """Open the cache of this run, a new one or that of the checkpoint, in all processes or in none.
 
         Raises:
-            CacheError: If a directory cannot be written.
             ValueError: If the processes do not share the cache directory.
         """
         state, self._restored = self._restored, None
@@ -354,21 +356,36 @@ class InterferenceMonitor(Callback):
         self._run_id = trainer.strategy.broadcast(state["run_id"] if state else uuid.uuid4().hex[:8])
         self._results = Path(trainer.strategy.broadcast(str(self._results_directory(trainer))))
         directory = (self.cache_dir or self._results / "cache") / self._run_id
-        self._cache = GradientCache(
-            directory,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            max_samples_per_task=self.max_samples_per_task,
-            max_bytes=int(self.max_cache_gb * 2**30),
-        )
         self._counters = dict.fromkeys(self._counters, 0)
         self._fisher_step = 0
         if self._capture:
             self._capture.numbering.clear()
-        if state:
-            self._resume(state, self._cache, trainer.is_global_zero)
+        marker = directory / "shared"
+        try:
+            self._cache = GradientCache(
+                directory,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                max_samples_per_task=self.max_samples_per_task,
+                max_bytes=int(self.max_cache_gb * 2**30),
+            )
+            if state:
+                self._resume(state, self._cache, trainer.is_global_zero)
+            if trainer.is_global_zero:
+                marker.touch()
+        except CacheError as error:
+            self._switch_off(error)
+        except OSError as error:
+            self._switch_off(CacheError(f"The cache directory {directory} cannot be written: {error}"))
         self._checkpointed = [(self._counters["batches"], self._fisher_step)]
-        self._check_shared(trainer, directory)
+        self._agree(trainer)
+        # Every process must see what the first one writes. All raise together: one that went on alone would wait
+        # for the others.
+        if self._cache and not trainer.strategy.reduce_boolean_decision(marker.exists(), all=True):
+            raise ValueError(
+                f"Not every process sees the cache directory {directory} of process 0. Give a `cache_dir` on a file "
+                "system that all processes share."
+            )
 
     def _resume(self, state: dict[str, Any], cache: GradientCache, is_global_zero: bool) -> None:
         self._counters = {key: int(state[key]) for key in self._counters}
@@ -409,23 +426,6 @@ class InterferenceMonitor(Callback):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / self.name
 
-    def _check_shared(self, trainer: Trainer, directory: Path) -> None:
-        """Every process must see what the first one writes.
-
-        Raises:
-            ValueError: If one does not.
-        """
-        marker = directory / "shared"
-        if trainer.is_global_zero:
-            marker.touch()
-        trainer.strategy.barrier("qkov_open")
-        # All processes raise together: one that went on alone would wait for the others.
-        if not trainer.strategy.reduce_boolean_decision(marker.exists(), all=True):
-            raise ValueError(
-                f"Not every process sees the cache directory {directory} of process 0. Give a `cache_dir` on a file "
-                "system that all processes share."
-            )
-
     # When it goes wrong, and when it ends
 
     def _switch_off(self, error: CacheError) -> None:
@@ -439,6 +439,8 @@ class InterferenceMonitor(Callback):
     def _agree(self, trainer: Trainer) -> None:
         """Either all processes measure or none: a measurement waits for all of them."""
         if not trainer.strategy.reduce_boolean_decision(not self._switched_off, all=True):
+            if not self._switched_off:
+                self._switch_off(CacheError("Another process switched its own off, and says why."))
             self._cache = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -460,6 +462,38 @@ class InterferenceMonitor(Callback):
 def _check(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
         raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    """Refuse the strategies that split a projection, or scale the loss, where no tap sees it.
+
+    Raises:
+        ValueError: If the trainer has one of them.
+    """
+    # By name: Lightning has two packages, with a class each.
+    for name in (cls.__name__ for cls in type(trainer.strategy).__mro__):
+        if name in {"FSDPStrategy", "DeepSpeedStrategy"}:
+            raise ValueError(
+                f"InterferenceMonitor cannot vouch for its numbers under {name}: it is tested with one device, DDPStrategy and "
+                "ModelParallelStrategy (FSDP2: `fully_shard` in `configure_model`). Use one of these."
+            )
+        if name == "ModelParallelStrategy":
+            size = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
+            if size > 1:
+                raise ValueError(
+                    f"InterferenceMonitor cannot see whole heads under ModelParallelStrategy with tensor_parallel_size={size}: each "
+                    "process computes a part of every projection. Say tensor_parallel_size=1 and shard with `fully_shard`."
+                )
+
+
+def _agree_on(error: CacheError | None, trainer: Trainer) -> None:
+    """Fail in all processes or in none.
+
+    Raises:
+        CacheError: If a process has an error.
+    """
+    if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
+        raise error or CacheError("Another process cannot measure, and says why.")
 
 
 def _gather(pairs: list[SamplePair], trainer: Trainer) -> list[SamplePair]:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from qkov_lightning.architectures import find_projections
-from qkov_lightning.cache import GradientCache
+from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
 from qkov_lightning.jackknife import jackknife_errors
-from qkov_lightning.measurement import measure_interference
+from qkov_lightning.measurement import Agree, measure_interference, raise_alone
 from qkov_lightning.projections import Projection
 from qkov_lightning.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.samples import read_labels
@@ -58,6 +58,7 @@ def probe_interference(
     rank: int = 0,
     world_size: int = 1,
     gather: Callable[[list[SamplePair]], list[SamplePair]] = lambda pairs: pairs,
+    agree: Agree = raise_alone,
     step: int = 0,
     epoch: int = 0,
 ) -> InterferenceHeatmap:
@@ -81,6 +82,7 @@ def probe_interference(
         rank: This process; it scores every ``world_size``-th layer.
         world_size: Number of processes.
         gather: Joins the sample pairs of all processes.
+        agree: Raises in all processes if one of them has an error.
         step: Optimiser steps done, for the result.
         epoch: Epoch, for the result.
 
@@ -97,6 +99,7 @@ def probe_interference(
     weights = [p for module in modules for p in module.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     seen: Counter[tuple[str, str]] = Counter()
+    failure: CacheError | None = None
     with (
         tempfile.TemporaryDirectory(prefix="qkov-probe-") as directory,
         rehearsing(model, evaluation=True),
@@ -114,7 +117,11 @@ def probe_interference(
                     partial(read_labels, batch, task_of, sample_id_of, num_target_tokens_of)
                 )
                 _check_captured(captured, index, seen)
-                cache.append(0, captured)
+                try:
+                    cache.append(0, captured)
+                except CacheError as error:
+                    failure = error
+        agree(failure)
         with torch.no_grad():
             heatmap = measure_interference(
                 cache,
@@ -128,6 +135,7 @@ def probe_interference(
                 rank=rank,
                 world_size=world_size,
                 gather=gather,
+                agree=agree,
                 step=step,
                 epoch=epoch,
                 notes={"fisher": FISHER, "damping": damping},

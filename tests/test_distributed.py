@@ -1,37 +1,71 @@
-"""Two processes give what one gives, or say why they cannot."""
+"""Two processes give what one gives, or say why they cannot; a process that fails stops no other for long."""
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from modules import Module, loader, trainer
+from torch import Tensor
 
-from qkov_lightning import InterferenceHeatmap
+from qkov_lightning import InterferenceHeatmap, InterferenceMonitor
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers.*",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
+)
 
 SCRIPT = Path(__file__).with_name("run_distributed.py")
 
 
-def run(root: Path, mode: str) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Runs:
+    """What the processes of each mode left behind."""
+
+    root: Path
+    codes: dict[str, list[Any]]
+
+    def heatmap(self, mode: str) -> InterferenceHeatmap:
+        assert set(self.codes[mode]) == {0}, self.output(mode)
+        return InterferenceHeatmap.load(self.root / mode / "interference" / "latest.json")
+
+    def parameters(self, mode: str, rank: int) -> list[Tensor]:
+        assert self.codes[mode][rank] == 0, self.output(mode)
+        return torch.load(self.root / mode / f"parameters-{rank}.pt")
+
+    def warnings(self, mode: str, rank: int) -> list[str]:
+        return json.loads((self.root / mode / f"warnings-{rank}.json").read_text())
+
+    def output(self, mode: str) -> str:
+        return "\n".join(path.read_text()[-3000:] for path in sorted((self.root / mode).glob("output-*")))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All modes in one go, forked from one process, which imports everything once."""
+    root = tmp_path_factory.mktemp("distributed")
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
     }
-    command = [sys.executable, str(SCRIPT), str(root), mode]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-
-
-def test_two_processes_equal_one_though_each_sees_one_task_only(tmp_path: Path) -> None:
-    """26 samples in batches of 4: the last batch is uneven too."""
-    for mode in ("one process", "two processes"):
-        result = run(tmp_path / mode, mode)
-        assert result.returncode == 0, result.stderr[-3000:]
-    one, two = (
-        InterferenceHeatmap.load(tmp_path / mode / "interference" / "latest.json")
-        for mode in ("one process", "two processes")
+    command = [sys.executable, str(SCRIPT), str(root)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return Runs(root, json.loads((root / "codes.json").read_text()))
+
+
+def assert_same(one: InterferenceHeatmap, two: InterferenceHeatmap) -> None:
     assert one.tasks == two.tasks
     assert torch.equal(one.num_samples, two.num_samples)
     for score, values in one.scores.items():
@@ -43,7 +77,81 @@ def test_two_processes_equal_one_though_each_sees_one_task_only(tmp_path: Path) 
     assert {str(pair) for pair in one.pairs[:3]} == {str(pair) for pair in two.pairs[:3]}
 
 
-def test_a_cache_directory_that_is_not_shared_is_refused_by_all_processes(tmp_path: Path) -> None:
-    result = run(tmp_path, "not shared")
-    assert result.returncode != 0
-    assert "Not every process sees the cache directory" in result.stderr
+def test_two_processes_equal_one_though_each_sees_one_task_only(runs: Runs) -> None:
+    """26 samples in batches of 4: the last batch is uneven too."""
+    assert_same(runs.heatmap("one process"), runs.heatmap("ddp"))
+
+
+def test_uneven_batches_give_the_same_heatmap(runs: Runs) -> None:
+    """Three samples in one process, one in the other: each undoes the mean over its own batch."""
+    assert_same(runs.heatmap("one process"), runs.heatmap("uneven"))
+
+
+@pytest.mark.parametrize("mode", ["fsdp", "fsdp, uneven"])
+def test_a_fully_sharded_model_gives_the_same_heatmap(runs: Runs, mode: str) -> None:
+    assert_same(runs.heatmap("one process"), runs.heatmap(mode))
+
+
+def test_a_process_without_a_layer_to_score_gives_the_same_heatmap(runs: Runs) -> None:
+    assert len(runs.heatmap("one layer").layers) == 1
+    assert_same(runs.heatmap("one layer, one process"), runs.heatmap("one layer"))
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_distributed_training_is_bit_identical_with_and_without_the_monitor(
+    runs: Runs, strategy: str, rank: int
+) -> None:
+    with_monitor, without = (
+        runs.parameters(f"{strategy}, {what}", rank) for what in ("monitor", "no monitor")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(with_monitor, without, strict=True))
+
+
+def test_a_cache_directory_that_is_not_shared_is_refused_by_all_processes(runs: Runs) -> None:
+    assert runs.codes["not shared"] == [1, 1]
+    for rank in range(2):
+        text = (runs.root / "not shared" / f"output-{rank}.txt").read_text()
+        assert "Not every process sees the cache directory" in text
+
+
+def test_tensor_parallelism_is_refused_by_all_processes(runs: Runs) -> None:
+    assert runs.codes["tensor parallel"] == [1, 1]
+    assert "cannot see whole heads under ModelParallelStrategy with tensor_parallel_size=2" in runs.output(
+        "tensor parallel"
+    )
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
+def test_strategies_without_a_proof_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    """They need an accelerator: only their names are here."""
+    strategy = type(name, (SingleDeviceStrategy,), {})("cpu")
+    with pytest.raises(ValueError, match=f"cannot vouch for its numbers under {name}"):
+        trainer(tmp_path, InterferenceMonitor(), accelerator="auto", strategy=strategy).fit(
+            Module(), loader(8)
+        )
+
+
+@pytest.mark.parametrize("mode", ["no directory", "full while training", "full while measuring"])
+def test_a_process_that_cannot_write_switches_all_off_and_training_goes_on(runs: Runs, mode: str) -> None:
+    for rank in range(2):
+        plain, trained = runs.parameters("ddp, no monitor", rank), runs.parameters(mode, rank)
+        assert all(torch.equal(a, b) for a, b in zip(plain, trained, strict=True))
+        assert len(runs.warnings(mode, rank)) == 1, "each process says once that it is off"
+    texts = [runs.warnings(mode, rank)[0] for rank in range(2)]
+    failing = 0 if mode == "no directory" else 1
+    assert "cannot be written" in texts[failing]
+    assert "Another process" in texts[1 - failing]
+    assert not (runs.root / mode / "interference" / "latest.json").exists()
+
+
+def test_a_process_that_is_killed_does_not_leave_the_other_waiting(runs: Runs) -> None:
+    assert runs.codes["dies"] == [1, -signal.SIGKILL], runs.output("dies")
+
+
+def test_a_process_that_stops_in_the_middle_of_a_measurement_holds_the_other_until_the_timeout(
+    runs: Runs,
+) -> None:
+    """It neither dies nor answers: only the timeout of the process group can end the wait."""
+    assert runs.codes["stops"] == [1, "stopped"], runs.output("stops")
+    assert "imed out" in runs.output("stops")

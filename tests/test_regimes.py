@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from models import Classifier, GroupedAttention
 from modules import Module, Samples, loader, trainer
+from oracles import batch_of_one_gradients
 from test_capture import TARGETS, TASKS, TOKENS, assert_equals_autograd, grouped, run
 from test_monitor import assert_heatmap_is, expected_scores
 from torch import Tensor, nn
@@ -19,9 +20,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from qkov_lightning import (
+    EmpiricalFisher,
     GradientCapture,
     InterferenceMonitor,
     find_projections,
+    head_interference,
     samples_from_positions,
     task,
 )
@@ -172,6 +175,81 @@ def test_blocks_frozen_in_one_step_are_captured_in_the_next() -> None:
             (step,) = capture.finish(lambda: label_samples(TASKS))
             assert any(name.startswith("layers.0") for name in step.factors) is not frozen
             assert any(name.startswith("layers.1") for name in step.factors)
+
+
+def test_a_gradient_that_an_earlier_step_left_behind_is_no_alarm() -> None:
+    """Alternating optimisers, and accumulation over branches: a block that does not run still has its old gradient."""
+    model = grouped()
+    with GradientCapture(model, find_projections(model)) as capture:
+        functional.cross_entropy(model(TOKENS), TARGETS).backward()
+        capture.start()
+        model.head(model.layers[1](model.embedding(TOKENS)).mean(dim=1)).sum().backward()
+        (step,) = capture.finish(lambda: label_samples(TASKS))  # a warning would be an error
+    assert all(name.startswith("layers.1") for name in step.factors)
+    assert all(p.grad.any() for p in model.layers[0].o_proj.parameters())
+
+
+class Adversarial(Module):
+    """A generator and a critic, both with attention, that learn in turn within each step, each frozen meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=0.0)
+        self.automatic_optimization = False
+        self.generator = Classifier([GroupedAttention()], width=10, classes=10)
+        self.critic = Classifier([GroupedAttention()], width=10, classes=1)
+        del self.network
+
+    def made(self, tokens: Tensor) -> Tensor:
+        return torch.tanh(self.generator(tokens)).unsqueeze(1) + self.critic.embedding(tokens)
+
+    def judge(self, x: Tensor) -> Tensor:
+        return self.critic.head(torch.tanh(x + self.critic.layers[0](x)).mean(dim=1)).squeeze(-1)
+
+    def critic_losses(self, tokens: Tensor) -> Tensor:
+        return self.judge(self.made(tokens).detach()) - self.judge(self.critic.embedding(tokens)).square()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        learn_critic, learn_generator = self.optimizers()
+        for optimizer, losses in (
+            (learn_critic, self.critic_losses),
+            (learn_generator, self.generator_losses),
+        ):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            self.manual_backward(losses(batch["tokens"]).mean())
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+    def generator_losses(self, tokens: Tensor) -> Tensor:
+        return -self.judge(self.made(tokens))
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(part.parameters(), 0.0) for part in (self.critic, self.generator)]
+
+
+def test_two_optimisers_that_freeze_each_others_blocks(tmp_path: Path) -> None:
+    """As in a GAN. Each part is measured by its own loss only, though the generator's passes through the critic."""
+    module, monitor = fit(tmp_path, Adversarial())
+    module = module.double()
+    samples, names = Samples(24), [("math", "code")[n % 2] for n in range(24)]
+    for projection in find_projections(module):
+        part = projection.module_name.partition(".")[0]
+        losses = module.critic_losses if part == "critic" else module.generator_losses
+        gradients = batch_of_one_gradients(
+            module,
+            {"w": module.get_submodule(projection.module_name).weight},
+            lambda n, losses=losses: losses(samples.tokens[n][None]).sum(),
+            24,
+        )["w"]
+        gradients = gradients.transpose(1, 2) if projection.block == "O" else gradients
+        heads = gradients.unflatten(1, (projection.num_heads, -1)).flatten(2)
+        fisher = EmpiricalFisher(0.95)
+        for start in range(0, 24, 4):
+            fisher.update(heads[start : start + 4], names[start : start + 4])
+        for (a, b), values in head_interference(heads, names, fisher.pooled()).items():
+            block = "QKVO".index(projection.block)
+            found = monitor.heatmap.values(a, b)[projection.layer, : projection.num_heads, block]
+            torch.testing.assert_close(found, values["interference"], rtol=1e-3, atol=1e-7)
 
 
 class PerTask(Module):
