@@ -9,9 +9,12 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
 from sphinx.writers.html5 import HTML5Translator
 
 from qkov_lightning.interference import SCORES
+
+logger = getLogger(__name__)
 
 project = "qkov_lightning"
 author = "the authors of qkov_lightning"
@@ -56,7 +59,7 @@ def hide_signature(
     returned: str | None,
 ) -> tuple[str, None] | None:
     """A score is known by its formula: what its function takes and returns says nothing to a reader."""
-    return ("", None) if obj in SCORES.values() else None
+    return ("", None) if obj in [score.function for score in SCORES.values()] else None
 
 
 def svg(formula: str) -> str:
@@ -78,12 +81,19 @@ def svg(formula: str) -> str:
 
 def visit_math(writer: HTML5Translator, node: nodes.Element) -> None:
     """Formulas without MathJax, which would come from a network."""
-    # Matplotlib sizes delimiters by itself, and does not know the commands.
-    formula = re.sub(r"\\[bB]igg?[lrm]?(?![A-Za-z])", "", " ".join(node.astext().split()))
+    formula = " ".join(node.astext().split())
+    # Matplotlib sizes delimiters by itself, and does not know all of their names.
+    formula = re.sub(r"\\[bB]igg?[lrm]?(?![A-Za-z])", "", formula)
+    formula = re.sub(r"\\[lr]Vert", r"\\|", re.sub(r"\\[lr]vert", "|", formula))
     block = isinstance(node, nodes.math_block)
     if block:
         formula = re.sub(r"(\\sum_(?:\{[^}]*\}|\w))", r"\1\\,", formula.replace(r"\frac", r"\dfrac"))
-    writer.body.append(f'<p class="formula">{svg(formula)}</p>\n' if block else svg(formula))
+    try:
+        drawn = svg(formula)
+    except ValueError as error:
+        logger.warning("Matplotlib cannot draw the formula %s: %s", formula, error, location=node)
+        drawn = f"<code>{escape(formula)}</code>"
+    writer.body.append(f'<p class="formula">{drawn}</p>\n' if block else drawn)
     raise nodes.SkipNode
 
 
