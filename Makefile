@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 # torch first, pinned: see constraints.txt. The stamp keeps later calls quick.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -13,6 +13,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
 
 demo: $(VENV)/.installed  ## Train a small decoder on three real text tasks and show where they interfere.
@@ -27,5 +31,8 @@ lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(VENV)/.installed-docs  ## Build the documentation; open docs/_build/index.html.
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --write-all docs docs/_build
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs docs/_build

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -82,17 +83,27 @@ def heatmap_figure(heatmap: InterferenceHeatmap, a: str, b: str, score: str = "i
     scale = score_scale(heatmap, score)
     heads = num_heads_of(heatmap)
     # Positions in inches: a layout engine takes longer than the drawing itself.
-    cell = min(0.42, max(0.08, 6.0 / max(heatmap.num_layers, sum(heads) / 4)))
+    cell = min(0.42, max(0.08, 6.0 / max(heatmap.num_layers, sum(heads) / 2)))
     cell_width = max(cell, 4.6 / sum(heads))
-    left, gap, right, bottom, top = 0.65, 0.25, 1.15, 0.84, 0.95
+    left, gap, right, bottom = 0.65, 0.25, 1.15, 0.84
+    width = left + sum(heads) * cell_width + 3 * gap + right
+    samples = heatmap.samples_per_task
+    # Letters of these sizes are about 0.12 and 0.08 inches wide.
+    title = textwrap.wrap(f"{score}: {printable(b)} pushes on {printable(a)}", int(width / 0.12))
+    facts = textwrap.wrap(
+        f"{scale.meaning} · epoch {heatmap.epoch}, step {heatmap.step} · "
+        f"samples: {printable(a)} {samples[a]}, {printable(b)} {samples[b]}",
+        int(width / 0.08),
+    )
+    top = 0.55 + 0.22 * len(title) + 0.16 * len(facts)
     height = max(heatmap.num_layers * cell, 1.5)
-    size = (left + sum(heads) * cell_width + 3 * gap + right, bottom + height + top)
+    size = (width, bottom + height + top)
     figure = Figure(figsize=size, dpi=110)
     start = left
     for index, block in enumerate(BLOCKS):
-        width = heads[index] * cell_width
-        axis = figure.add_axes((start / size[0], bottom / size[1], width / size[0], height / size[1]))
-        start += width + gap
+        across = heads[index] * cell_width
+        axis = figure.add_axes((start / size[0], bottom / size[1], across / size[0], height / size[1]))
+        start += across + gap
         facet = (slice(None), slice(heads[index]), index)
         draw_facet(axis, values[facet], scale, missing_cells(heatmap, index, values[facet]), marked[facet])
         axis.set_title(block, fontweight="bold", fontsize="medium", pad=4)
@@ -100,7 +111,7 @@ def heatmap_figure(heatmap: InterferenceHeatmap, a: str, b: str, score: str = "i
             axis.set_yticklabels([])
         else:
             axis.set_ylabel("layer")
-    figure.text((start - gap + left) / 2 / size[0], 0.3 / size[1], "head", ha="center", va="bottom")
+    figure.text((start - gap + left) / 2 / size[0], 0.4 / size[1], "head", ha="center", va="bottom")
     bar = figure.add_axes((
         (start - gap + 0.18) / size[0],
         bottom / size[1],
@@ -109,19 +120,15 @@ def heatmap_figure(heatmap: InterferenceHeatmap, a: str, b: str, score: str = "i
     ))
     figure.colorbar(ScalarMappable(scale.norm, colormaps[scale.colormap]), cax=bar)
     bar.tick_params(labelsize="small", length=2)
-    samples = heatmap.samples_per_task
-    title = f"{score}: {printable(b)} pushes on {printable(a)}"
-    figure.text(0.12 / size[0], 1 - 0.12 / size[1], title, fontsize="large", fontweight="bold", va="top")
-    facts = (
-        f"{scale.meaning} · epoch {heatmap.epoch}, step {heatmap.step} · "
-        f"samples: {printable(a)} {samples[a]}, {printable(b)} {samples[b]}"
-    )
-    figure.text(0.12 / size[0], 1 - 0.4 / size[1], facts, fontsize="small", color="0.35", va="top")
+    at = 0.12 / size[0]
+    figure.text(at, 1 - 0.12 / size[1], "\n".join(title), fontsize="large", fontweight="bold", va="top")
+    below = 0.16 + 0.22 * len(title)
+    figure.text(at, 1 - below / size[1], "\n".join(facts), fontsize="small", color="0.35", va="top")
     legend = (
-        f"● differs from {printable(a)} on itself by > {NOISE:g} standard errors    "
+        f"● differs from the within-task control by > {NOISE:g} standard errors    "
         f"{HATCHES['no data'][:2]} no data    {HATCHES['frozen'][:2]} frozen"
     )
-    figure.text(0.12 / size[0], 0.08 / size[1], legend, fontsize="x-small", color="0.35", va="bottom")
+    figure.text(at, 0.08 / size[1], legend, fontsize="x-small", color="0.35", va="bottom")
     return figure
 
 

@@ -117,6 +117,17 @@ def test_labels_do_not_overlap_and_fit_in_the_picture(layers: int, heads: int, k
         assert box.x1 <= image.shape[1]
 
 
+def test_long_task_names_take_more_lines_and_stay_in_the_picture() -> None:
+    tasks = ("natural language inference, translated", "extractive question answering over tables")
+    figure = heatmap_figure(make_heatmap(heads=2, tasks=tasks), *tasks, "relative")
+    image = render(figure)
+    boxes = [text.get_window_extent() for text in figure.texts]
+    assert all(box.x0 >= 0 and box.x1 <= image.shape[1] for box in boxes)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    facet = figure.axes[0].get_tightbbox()
+    assert not any(box.overlaps(facet) for box in boxes)
+
+
 def test_a_heatmap_without_any_data_draws() -> None:
     heatmap = make_heatmap()
     for values in heatmap.scores.values():
