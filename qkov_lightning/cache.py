@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor
 from qkov_lightning.capture import CapturedStep, GradientFactors
 from qkov_lightning.gradients import DenseGradients, dense_gradients
 from qkov_lightning.samples import Samples
+from qkov_lightning.writing import whole_file
 
 SCHEMA_VERSION = 1
 
@@ -244,10 +244,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        temporary = target.with_name(f".{target.name}.tmp")
         try:
-            shutil.copyfile(source, temporary)
-            temporary.replace(target)
+            with whole_file(target) as temporary:
+                shutil.copyfile(source, temporary)
         except OSError as error:
             raise CacheError(f"{source} cannot be copied to {target}: {error}") from error
 
@@ -258,20 +257,17 @@ def write_durably(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     Raises:
         CacheError: If the disk refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
         finally:
             os.close(directory)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise CacheError(f"{path} cannot be written: {error}") from error
 
 

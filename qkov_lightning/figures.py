@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 from qkov_lightning.facets import HATCHES, Scale, draw_facet, scale_of
 from qkov_lightning.heatmap import InterferenceHeatmap, printable
 from qkov_lightning.projections import BLOCKS
+from qkov_lightning.writing import whole_file
 
 NOISE = 3.0
 """Combined standard errors by which a cell must differ from the within-task control to be marked."""
@@ -148,7 +150,10 @@ def missing_cells(
 def render(figure: Figure) -> np.ndarray:
     """Pixels of a figure, uint8 ``[height, width, 3]``."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with warnings.catch_warnings():
+        # Names of tasks may hold what the font lacks: it draws a box, and there is nothing to do about it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
@@ -159,6 +164,5 @@ def save_image(image: np.ndarray, path: Path) -> None:
         OSError: If the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    imsave(temporary, image, format="png")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        imsave(temporary, image, format="png")

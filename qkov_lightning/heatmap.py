@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from qkov_lightning.interference import SCORES
 from qkov_lightning.projections import BLOCKS, Block
+from qkov_lightning.writing import whole_file
 
 SCHEMA_VERSION = 1
 
@@ -259,9 +259,8 @@ class InterferenceHeatmap:
         """Write JSON, completely or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> InterferenceHeatmap:

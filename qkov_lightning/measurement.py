@@ -293,6 +293,8 @@ def _hottest_pairs(
                     if task in slices and bool(masks[record.path][index]):
                         slices[task].append(chunk[row, cell.head])
                         ids[task].append(record.samples.ids[index])
+            if not all(slices.values()):
+                continue  # the files were deleted since the cell was scored, which has been warned of
             matrix = sample_pairs(
                 torch.stack(slices[cell.task_a]), torch.stack(slices[cell.task_b]), fisher[cell.head], damping
             )

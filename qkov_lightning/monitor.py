@@ -258,6 +258,10 @@ class InterferenceMonitor(Callback):
         if heatmap is not None:
             self.heatmap = heatmap
             self._publish(trainer, pl_module, heatmap)
+        elif self._counters["captured_steps"]:
+            self._switch_off(
+                CacheError(f"The cache {self._cache.directory} is empty: were its files deleted?")
+            )
 
     def _measure_probe(
         self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe

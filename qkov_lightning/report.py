@@ -15,6 +15,7 @@ from qkov_lightning.heatmap import InterferenceHeatmap, printable
 from qkov_lightning.interactive import colour_axis, facet_data, interactive_heatmap, require_plotly
 from qkov_lightning.interference import SCORES
 from qkov_lightning.tables import SelectionError
+from qkov_lightning.writing import whole_file
 
 MAX_NUMBERS = 3_000_000
 """Numbers in one page, about 25 MB: beyond, snapshots are left out evenly, and the page says so."""
@@ -123,9 +124,8 @@ def write_report(histories: Sequence[RunHistory], path: Path) -> None:
     template = files("qkov_lightning").joinpath("report.html").read_text("utf-8")
     before, between, after = _split(template)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(before + chart + between + text + after, encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(before + chart + between + text + after, encoding="utf-8")
 
 
 def _split(template: str) -> tuple[str, str, str]:

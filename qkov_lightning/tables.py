@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from qkov_lightning.heatmap import Cell, InterferenceHeatmap, safe_name
 from qkov_lightning.interference import SCORES
 from qkov_lightning.projections import BLOCKS, Block
+from qkov_lightning.writing import whole_file
 
 COLUMNS = (
     "step", "epoch", "task_a", "task_b", "layer", "layer_name", "head", "block", "score", "value",
@@ -188,6 +188,5 @@ def write_tables(heatmap: InterferenceHeatmap, directory: Path) -> None:
         ("cells.csv", to_csv(COLUMNS, cell_rows(heatmap))),
         ("metrics.json", json.dumps(metrics(heatmap), indent=2, ensure_ascii=False) + "\n"),
     ):
-        temporary = directory / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(directory / name)
+        with whole_file(directory / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")

@@ -6,7 +6,9 @@ import errno
 import os
 import resource
 import shutil
+import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from modules import Module, Samples, loader, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qkov_lightning import InterferenceHeatmap, InterferenceMonitor
+from qkov_lightning import HeadInterference, InterferenceHeatmap, InterferenceMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
@@ -86,10 +88,139 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert_untouched(module, tmp_path)
 
 
-def test_a_cache_that_is_deleted_while_training(tmp_path: Path) -> None:
+def mount(folder: Path, options: str) -> None:
+    """A small file system of its own.
+
+    Raises:
+        Skipped: Where this process may not mount one.
+    """
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system takes the rights of root")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte with 40 kilobytes left."""
+    folder = tmp_path / "small"
+    mount(folder, "size=1m")
+    (folder / "ballast").write_bytes(bytes(2**20 - 40 * 1024))
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_real_disk_that_fills_while_training(tmp_path: Path, small_disk: Path) -> None:
+    module, monitor = Module(), InterferenceMonitor(every_n_steps=1, cache_dir=small_disk / "cache")
+    with pytest.warns(UserWarning, match="switched itself off; training goes on") as caught:
+        trainer(tmp_path, monitor).fit(module, loader(24))
+    messages = [str(warning.message) for warning in caught if "switched itself off" in str(warning.message)]
+    assert len(messages) == 1
+    assert "No space left on device" in messages[0]
+    assert list(small_disk.rglob("*.safetensors")), "it filled up on the way, not at once"
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert_untouched(module, tmp_path)
+
+
+def test_a_real_disk_too_full_for_results(tmp_path: Path, small_disk: Path) -> None:
+    """The cache has space elsewhere: the heatmap is there, its files are not."""
+    module, monitor = Module(), InterferenceMonitor(every_n_steps=1, cache_dir=tmp_path / "cache")
+    with pytest.warns(UserWarning, match=r"heatmap could not be written: .*No space left on device"):
+        trainer(small_disk, monitor).fit(module, loader(24))
+    assert monitor.heatmap is not None
+    assert not list(small_disk.rglob("*.tmp"))
+    for path in small_disk.rglob("*.json"):
+        InterferenceHeatmap.load(path)  # what exists is whole
+    assert_untouched(module, tmp_path)
+
+
+def make_read_only(folder: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("when", ["from the start", "while training"])
+def test_a_read_only_directory_switches_the_monitor_off(tmp_path: Path, when: str) -> None:
+    disk = tmp_path / "disk"
+    mount(disk, "size=8m")
+    (disk / "interference" / "cache").mkdir(parents=True)
+    if when == "from the start":
+        make_read_only(disk)
+    meddlers = [] if when == "from the start" else [Meddler(lambda _: make_read_only(disk), disk)]
+    module = Module()
+    try:
+        with pytest.warns(UserWarning, match="switched itself off; training goes on.*Read-only file system"):
+            trainer(disk, InterferenceMonitor(every_n_steps=1), *meddlers).fit(module, loader(24))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert_untouched(module, tmp_path)
+
+
+def test_a_directory_of_someone_else_switches_the_monitor_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the run exists already, and may be read but not written."""
+    touch = Path.touch
+
+    def refuse(path: Path, *arguments: Any, **keywords: Any) -> None:
+        if path.name == "shared":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        touch(path, *arguments, **keywords)
+
+    module = Module()
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.warns(UserWarning, match="switched itself off; training goes on.*Permission denied"):
+        trainer(tmp_path, InterferenceMonitor(every_n_steps=1)).fit(module, loader(24))
+    assert_untouched(module, tmp_path)
+
+
+def empty(cache: Path) -> None:
+    for path in cache.glob("*.safetensors"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("meddle", [shutil.rmtree, empty], ids=["folder", "files"])
+def test_a_cache_that_is_deleted_while_training(tmp_path: Path, meddle: Callable[[Path], None]) -> None:
     module, monitor = Module(), InterferenceMonitor(every_n_steps=1)
-    with pytest.warns(UserWarning, match="switched itself off; training goes on"):
-        trainer(tmp_path, monitor, Meddler(shutil.rmtree, tmp_path)).fit(module, loader(24))
+    if meddle is shutil.rmtree:
+        with pytest.warns(UserWarning, match="switched itself off; training goes on"):
+            trainer(tmp_path, monitor, Meddler(meddle, tmp_path)).fit(module, loader(24))
+    else:
+        trainer(tmp_path, monitor, Meddler(meddle, tmp_path)).fit(module, loader(24))
+        assert sum(monitor.heatmap.samples_per_task.values()) == 12, "what was captured since"
+    assert_untouched(module, tmp_path)
+
+
+@pytest.mark.parametrize("meddle", [shutil.rmtree, empty], ids=["folder", "files"])
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_cache_that_is_deleted_at_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meddle: Callable[[Path], None], moment: str
+) -> None:
+    module, monitor = Module(), InterferenceMonitor(every_n_steps=1)
+    update, calls = HeadInterference.update, Counter()
+
+    def delete() -> None:
+        (cache,) = (tmp_path / "interference" / "cache").iterdir()
+        meddle(cache)
+
+    def deleting_update(metric: HeadInterference, *arguments: Any, **keywords: Any) -> None:
+        calls["update"] += 1
+        if calls["update"] == 2:
+            delete()
+        update(metric, *arguments, **keywords)
+
+    class AtTheEnd(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            if moment == "before":
+                delete()
+
+    if moment == "while":
+        monkeypatch.setattr(HeadInterference, "update", deleting_update)
+    with pytest.warns(UserWarning, match="switched itself off; training goes on|Its samples are left out"):
+        trainer(tmp_path, AtTheEnd(), monitor).fit(module, loader(24))
+    if monitor.heatmap is not None:
+        counts = monitor.heatmap.num_samples[:, :, :2]
+        assert counts.max() == 12
+        assert counts.min() == 0, "cells that lost their samples say so"
     assert_untouched(module, tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from qkov_lightning import (
     EmpiricalFisher,
     GradientCapture,
     InterferenceMonitor,
+    Projection,
     find_projections,
     head_interference,
     samples_from_positions,
@@ -98,6 +100,65 @@ def test_steps_that_overflow_are_dropped_and_counted(tmp_path: Path) -> None:
     assert dropped > 0
     assert monitor.heatmap.notes["captured_steps"] == 12 - dropped
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_a_gradient_scaler_and_accumulation_are_both_undone(tmp_path: Path) -> None:
+    """Windows of four and two batches, while the scale doubles every two optimiser steps."""
+    module, monitor = fit(tmp_path, plugins=CpuScaler(2.0**10), accumulate_grad_batches=4)
+    assert_close_to_autograd(module, monitor, 0.01)
+
+
+class TokenMean(Module):
+    """Next-token prediction over 1 to 4 target tokens a sample, as the loss of a language model counts them."""
+
+    def __init__(self) -> None:
+        super().__init__(learning_rate=0.0, network=Classifier([GroupedAttention()], width=10, classes=11))
+
+    def token_loss(self, tokens: Tensor) -> Tensor:
+        x = self.network.embedding(tokens)
+        scores = self.network.head(torch.tanh(x + self.network.layers[0](x)))
+        return functional.cross_entropy(scores[:, :-1].flatten(0, 1), targets_of(tokens).flatten())
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        batch["num_target_tokens"] = (targets_of(batch["tokens"]) != -100).sum(dim=1)
+        return self.token_loss(batch["tokens"])
+
+
+def targets_of(tokens: Tensor) -> Tensor:
+    lengths = 1 + tokens.sum(dim=1, keepdim=True) % 4
+    return tokens[:, 1:].masked_fill(torch.arange(4) >= lengths, -100)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_token_mean_loss_is_undone_under_accumulation(tmp_path: Path, accumulate: int) -> None:
+    module = TokenMean()
+    monitor = InterferenceMonitor(every_n_steps=1, loss_reduction="token_mean")
+    trainer(tmp_path, monitor, accumulate_grad_batches=accumulate).fit(module, loader(24))
+    samples, names = Samples(24), [("math", "code")[n % 2] for n in range(24)]
+    assert len({int((targets_of(tokens[None]) != -100).sum()) for tokens in samples.tokens}) == 4
+    module = module.double()
+    for projection in find_projections(module):
+        found = scores_by_autograd(
+            module, projection, lambda n: module.token_loss(samples.tokens[n][None]), names
+        )
+        for (a, b), values in found.items():
+            block = "QKVO".index(projection.block)
+            heatmap = monitor.heatmap.values(a, b)[projection.layer, : projection.num_heads, block]
+            torch.testing.assert_close(heatmap, values["interference"], rtol=1e-3, atol=1e-7)
+
+
+def scores_by_autograd(
+    module: nn.Module, projection: Projection, loss: Callable[[int], Tensor], names: list[str]
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """Scores of one projection from batch-of-one gradients, in captured steps of four."""
+    weight = module.get_submodule(projection.module_name).weight
+    gradients = batch_of_one_gradients(module, {"w": weight}, loss, len(names))["w"]
+    gradients = gradients.transpose(1, 2) if projection.block == "O" else gradients
+    heads = gradients.unflatten(1, (projection.num_heads, -1)).flatten(2)
+    fisher = EmpiricalFisher(0.95)
+    for start in range(0, len(names), 4):
+        fisher.update(heads[start : start + 4], names[start : start + 4])
+    return head_interference(heads, names, fisher.pooled())
 
 
 def test_gradient_clipping_and_accumulation_do_not_reach_the_heatmap(tmp_path: Path) -> None:
@@ -235,21 +296,13 @@ def test_two_optimisers_that_freeze_each_others_blocks(tmp_path: Path) -> None:
     for projection in find_projections(module):
         part = projection.module_name.partition(".")[0]
         losses = module.critic_losses if part == "critic" else module.generator_losses
-        gradients = batch_of_one_gradients(
-            module,
-            {"w": module.get_submodule(projection.module_name).weight},
-            lambda n, losses=losses: losses(samples.tokens[n][None]).sum(),
-            24,
-        )["w"]
-        gradients = gradients.transpose(1, 2) if projection.block == "O" else gradients
-        heads = gradients.unflatten(1, (projection.num_heads, -1)).flatten(2)
-        fisher = EmpiricalFisher(0.95)
-        for start in range(0, 24, 4):
-            fisher.update(heads[start : start + 4], names[start : start + 4])
-        for (a, b), values in head_interference(heads, names, fisher.pooled()).items():
+        found = scores_by_autograd(
+            module, projection, lambda n, losses=losses: losses(samples.tokens[n][None]).sum(), names
+        )
+        for (a, b), values in found.items():
             block = "QKVO".index(projection.block)
-            found = monitor.heatmap.values(a, b)[projection.layer, : projection.num_heads, block]
-            torch.testing.assert_close(found, values["interference"], rtol=1e-3, atol=1e-7)
+            heatmap = monitor.heatmap.values(a, b)[projection.layer, : projection.num_heads, block]
+            torch.testing.assert_close(heatmap, values["interference"], rtol=1e-3, atol=1e-7)
 
 
 class PerTask(Module):
@@ -370,6 +423,84 @@ def test_compiled_modules_are_captured_and_run_compiled_in_between(part: str, co
                 )
             elif not compiled_first:
                 assert graphs, "steps that are not captured are compiled"
+
+
+# Training is not touched
+
+
+class Checkpointed(Classifier):
+    """Dropout inside of a checkpoint, which has to draw the same numbers again."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__([GroupedAttention() for _ in range(2)], width=10)
+        self.reentrant, self.dropout = reentrant, nn.Dropout(0.3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(lambda x, layer=layer: self.dropout(layer(x)), x, use_reentrant=self.reentrant)
+        return self.head(x.mean(dim=1))
+
+
+class TwoOptimisers(Manual):
+    """Manual optimisation that learns."""
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.SGD(self.parameters(), 0.05), torch.optim.Adam(self.parameters(), 0.01)]
+
+
+def compiled() -> Module:
+    torch._dynamo.reset()
+    module = Module(dropout=0.3)
+    for layer in module.network.layers:
+        layer.compile(backend="eager")
+    return module
+
+
+REGIMES: dict[str, tuple[Callable[[], Module], dict[str, Any]]] = {
+    "plain": (lambda: Module(dropout=0.3), {}),
+    "64-true": (lambda: Module(dropout=0.3), {"precision": "64-true"}),
+    "bf16-mixed": (lambda: Module(dropout=0.3), {"precision": "bf16-mixed"}),
+    "bf16-true": (lambda: Module(dropout=0.3), {"precision": "bf16-true"}),
+    "16-mixed, overflow": (lambda: Module(dropout=0.3), {"plugins": 2.0**17}),
+    "accumulation, partial last window": (lambda: Module(dropout=0.3), {"accumulate_grad_batches": 4}),
+    "clipping": (lambda: Module(dropout=0.3), {"gradient_clip_val": 0.01}),
+    "checkpointing, reentrant": (lambda: Module(network=Checkpointed(True)), {}),
+    "checkpointing, non-reentrant": (lambda: Module(network=Checkpointed(False)), {}),
+    "manual optimisation, two optimisers": (TwoOptimisers, {}),
+    "one forward per task": (lambda: PerTask(dropout=0.3), {}),
+    "compiled blocks": (compiled, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
+@pytest.mark.parametrize("regime", REGIMES)
+def test_training_is_bit_identical_with_and_without_the_monitor(tmp_path: Path, regime: str) -> None:
+    """All parameters, and the random numbers after the last batch; every second batch is captured."""
+    build, settings = REGIMES[regime]
+    ends = []
+    for callbacks in ([], [InterferenceMonitor(every_n_steps=2, num_hot_cells=1)]):
+        torch.manual_seed(7)
+        module = build()
+        torch.manual_seed(11)
+        data: Any = DataLoader(Samples(24), batch_size=4, shuffle=True)
+        if isinstance(module, PerTask):
+            samples = Samples(24)
+            data = {
+                name: DataLoader([samples[n] for n in range(first, 24, 2)], batch_size=2, shuffle=True)
+                for first, name in enumerate(("math", "code"))
+            }
+        own = {"plugins": CpuScaler(settings["plugins"])} if "plugins" in settings else settings
+        trainer(tmp_path, *callbacks, **own).fit(module, data)
+        ends.append([*(p.detach().clone() for p in module.parameters()), torch.get_rng_state()])
+        if callbacks:
+            assert callbacks[0].heatmap is not None
+            assert callbacks[0].heatmap.notes["captured_steps"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    torch.manual_seed(7)
+    untrained = build()
+    assert not all(torch.equal(a, b) for a, b in zip(ends[0][:-1], untrained.parameters(), strict=True))
 
 
 # Memory
