@@ -108,26 +108,27 @@ def draw_facet(
     axis.tick_params(labelsize="small", length=2)
 
 
-def draw_strip(axis: Axes, values: Float[np.ndarray, "layer head block"], scale: Scale) -> None:
+def draw_strip(
+    axis: Axes, values: Float[np.ndarray, "layer head block"], num_heads: Sequence[int], scale: Scale
+) -> None:
     """Draw all blocks side by side on a single axis, a blank column between them.
 
     Args:
         axis: Where.
         values: Values, NaN where there is no data.
+        num_heads: Heads to draw of each block.
         scale: Colours.
     """
-    layers, heads, _ = values.shape
-    blank = np.full((layers, 1), np.nan)
-    parts: Sequence[np.ndarray] = [
-        part for index in range(len(BLOCKS)) for part in (values[:, :, index], blank)
-    ][:-1]
-    no_data: Sequence[np.ndarray] = [
-        part
-        for index in range(len(BLOCKS))
-        for part in (np.isnan(values[:, :, index]), np.zeros((layers, 1), bool))
-    ][:-1]
-    strip, hatched = np.concatenate(parts, axis=1), np.concatenate(no_data, axis=1)
-    draw_facet(axis, strip, scale, {"no data": hatched}, np.zeros_like(hatched))
-    axis.set_xticks([(heads - 1) / 2 + index * (heads + 1) for index in range(len(BLOCKS))], BLOCKS)
-    axis.set_xlabel(f"block, {heads} heads each")
+    blank = np.full((len(values), 1), np.nan)
+    parts, hatched, middles, width = [], [], [], 0
+    for index, heads in enumerate(num_heads):
+        block = values[:, :heads, index]
+        parts += [block, blank]
+        hatched += [np.isnan(block), np.zeros(blank.shape, bool)]
+        middles.append(width + (heads - 1) / 2)
+        width += heads + 1
+    no_data = np.concatenate(hatched[:-1], axis=1)
+    draw_facet(axis, np.concatenate(parts[:-1], axis=1), scale, {"no data": no_data}, np.zeros_like(no_data))
+    axis.set_xticks(middles, [f"{block} ({heads})" for block, heads in zip(BLOCKS, num_heads, strict=True)])
+    axis.set_xlabel("block (heads)")
     axis.set_ylabel("layer")

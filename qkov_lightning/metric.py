@@ -151,7 +151,7 @@ class HeadInterference(Metric):
 
         Args:
             val: What ``compute`` returned; computed by default.
-            ax: Where to draw; a new figure by default.
+            ax: Where to draw; by default a new figure, which gets a colour bar too.
             score: Which score.
             pair: Task whose sensitivity is measured, and task that pushes; the first two tasks by default.
 
@@ -167,15 +167,21 @@ class HeadInterference(Metric):
         first, second = self._indices(pair or (self.tasks[0], self.tasks[-1 if len(self.tasks) < 2 else 1]))
         values = result[score].detach().cpu().double()
         largest = float(values.nan_to_num(0.0).abs().max())
+        # A head that no layer has samples of does not exist, as K and V heads under grouped-query attention.
+        seen = result["num_samples"].detach().cpu().sum(dim=(0, 1)) > 0
+        num_heads = [int(heads.nonzero().max()) + 1 if heads.any() else len(heads) for heads in seen.T]
+        new_figure = ax is None
         if ax is None:
             from matplotlib import pyplot  # chooses a display, so only when one is asked for
 
             _, ax = pyplot.subplots()
-        draw_strip(ax, values[first, second].numpy(), scale_of(score, len(self.tasks), largest))
+        draw_strip(ax, values[first, second].numpy(), num_heads, scale_of(score, len(self.tasks), largest))
         ax.set_title(f"{score}: {self.tasks[second]} pushes on {self.tasks[first]}")
         figure = ax.get_figure(root=True)
         if figure is None:
             raise ValueError("ax belongs to no figure; make it with `Figure.add_subplot`.")
+        if new_figure:
+            figure.colorbar(ax.images[0], ax=ax)
         return figure, ax
 
     def _indices(self, tasks: Sequence[str]) -> Tensor:

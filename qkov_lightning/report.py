@@ -9,8 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qkov_lightning.facets import scale_of
-from qkov_lightning.figures import NOISE, num_heads_of
+from qkov_lightning.figures import NOISE, num_heads_of, score_scale
 from qkov_lightning.heatmap import InterferenceHeatmap, printable
 from qkov_lightning.interactive import colour_axis, facet_data, interactive_heatmap, require_plotly
 from qkov_lightning.interference import SCORES
@@ -138,18 +137,10 @@ def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
     """One run in builtins: what the page's script reads."""
     last = history.heatmaps[-1]
     # A run that was restarted with other tasks or another model is shown from there on.
-    same = [h for h in history.heatmaps if h.tasks == last.tasks and _head_map(h) == _head_map(last)]
+    same = [h for h in history.heatmaps if _shape(h) == _shape(last)]
     per_frame = 2 * sum(num_heads_of(last)) * last.num_layers * len(last.task_pairs) * len(last.scores)
     kept = _thinned(same, max(2, max_numbers // per_frame))
-    largest = {
-        score: max(
-            float(heatmap.values(a, b, score).nan_to_num(0.0).abs().max())
-            for heatmap in kept
-            for a, b in last.task_pairs
-        )
-        for score in last.scores
-    }
-    scales = {score: scale_of(score, len(last.tasks), largest[score]) for score in last.scores}
+    scales = {score: score_scale(last, score) for score in last.scores}
     heads = num_heads_of(last)
     facts = {
         "heatmaps": f"{len(kept)} of {len(history.heatmaps)}",
@@ -192,9 +183,12 @@ def _axes(heads: Sequence[int], num_layers: int) -> dict[str, Any]:
 
 
 def _frame(heatmap: InterferenceHeatmap) -> dict[str, Any]:
+    scales = {score: score_scale(heatmap, score) for score in heatmap.scores}
     return {
         "step": heatmap.step,
         "epoch": heatmap.epoch,
+        # As in the figures: a score in units is drawn on the scale of its own heatmap, since it falls with the gradients.
+        "ranges": {score: [scale.low, scale.high] for score, scale in scales.items()},
         "views": [
             {score: facet_data(heatmap, a, b, score) for score in heatmap.scores}
             for a, b in heatmap.task_pairs
@@ -214,5 +208,7 @@ def _thinned(heatmaps: Sequence[InterferenceHeatmap], most: int) -> list[Interfe
     return [heatmaps[round(i * (len(heatmaps) - 1) / (most - 1))] for i in range(most)]
 
 
-def _head_map(heatmap: InterferenceHeatmap) -> list[dict[str, int]]:
-    return [{block: info.num_heads for block, info in layer.blocks.items()} for layer in heatmap.layers]
+def _shape(heatmap: InterferenceHeatmap) -> tuple[Any, ...]:
+    """What two heatmaps must share to be frames of one picture."""
+    heads = [{block: info.num_heads for block, info in layer.blocks.items()} for layer in heatmap.layers]
+    return heatmap.tasks, tuple(heatmap.scores), heads

@@ -10,6 +10,7 @@ import pytest
 from synthetic import make_heatmap
 
 from qkov_lightning import InterferenceHeatmap, cli
+from qkov_lightning.figures import score_scale
 from qkov_lightning.heatmap import HeatmapError
 from qkov_lightning.report import RunHistory, load_history, write_report
 
@@ -83,7 +84,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[I
     webdriver = pytest.importorskip("selenium.webdriver")
     folder = tmp_path_factory.mktemp("report")
     heatmaps = write_run(folder / "first")
-    write_run(folder / "second", layers=5, kv_heads=4)
+    write_run(folder / "second", layers=20, kv_heads=4)
     write_report([load_history(folder / "first"), load_history(folder / "second")], folder / "report.html")
     options = webdriver.ChromeOptions()
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -148,13 +149,24 @@ def test_slider_and_selectors_show_the_values_of_their_step_pair_and_score(page:
     choose(driver, "score", 0)
 
 
+def test_a_score_in_units_is_drawn_on_the_scale_of_its_own_step(page: Any) -> None:
+    driver, heatmaps = page
+    choose(driver, "run", 0)
+    for keys, heatmap in (("HOME", heatmaps[0]), ("END", heatmaps[2])):
+        slide(driver, keys)
+        axis = driver.execute_script("return document.getElementById('heatmap').layout.coloraxis")
+        assert (axis["cmin"], axis["cmax"]) == (0, score_scale(heatmap, "interference").high)
+
+
 def test_run_selector_shows_the_other_run_with_its_own_layers_and_heads(page: Any) -> None:
     driver, _ = page
     choose(driver, "run", 1)
-    assert len(shown(driver, 1)) == 5
+    assert len(shown(driver, 1)) == 20
     assert len(shown(driver, 1)[0]) == 4
-    assert "5" in driver.find_element("id", "facts").text
+    assert "20" in driver.find_element("id", "facts").text
     choose(driver, "run", 0)
+    height = "const h = document.getElementById('heatmap'); return [h.offsetHeight, h.layout.height]"
+    assert len(set(driver.execute_script(height))) == 1
     assert len(shown(driver, 1)) == 3
 
 
