@@ -5,6 +5,9 @@ i's own loss, :math:`C_i = g_i^2` its contribution, :math:`I` the Fisher pooled 
 
 .. math:: u_i = C_i / (I + \epsilon), \qquad v_j = |g_j|, \qquad M_{ij} = \langle u_i, v_j \rangle .
 
+Beside it stands the update :math:`-u_B` that an optimiser would take along the mean gradient of task B
+(:func:`update_rate`), and what it does to the losses of A's samples, :math:`\langle g_i, u_B \rangle`.
+
 The mean of :math:`M_{ij}` over all pairs of a sample of task A and a sample of task B factorises into
 :math:`\langle \bar u_A, \bar v_B \rangle`, and so do its marginals: no score here ever looks at a pair.
 
@@ -14,12 +17,21 @@ all that figures, tables and the gate need to know of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+UpdateDirection = Literal["adam", "sgd"]
+
+STEP_SIZE = 0.01
+"""Length of the step whose effect is predicted: ten steps with a learning rate of 0.001."""
+
+INFLUENCE_BYTES = 256 * 2**20
+"""Memory for what standard errors need: beyond it the gradients are read again for some tasks at a time."""
 
 MIN_SAMPLES = 2
 """A task with fewer samples in a slice has no score there: a variance needs two."""
@@ -50,6 +62,14 @@ class SliceStatistics:
         absolute_norm: :math:`\sum_k |g_{ik}|`.
         alignment: :math:`\langle g_i, \bar g_t \rangle`.
         squared_norm: :math:`\sum_k g_{ik}^2`.
+        whitened_alignment: :math:`\langle g_i, \bar g_t / (I + \epsilon) \rangle`.
+        whitened_squared_norm: :math:`\sum_k g_{ik}^2 / (I_k + \epsilon)`.
+        response: :math:`r_{it} = \langle g_i, d_t \rangle` with the update direction :math:`d_t` of each task t; for a
+            sample's own task, that of its other samples.
+        slope_influence: How the mean response of each task t to the direction of a sample's own task moves with that
+            sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
+        curvature_influence: The same of the mean squared response.
+        step_size: Length of the step along the update direction.
     """
 
     membership: Float[Tensor, "task sample"]
@@ -59,6 +79,12 @@ class SliceStatistics:
     absolute_norm: Float[Tensor, "sample head"]
     alignment: Float[Tensor, "sample task head"]
     squared_norm: Float[Tensor, "sample head"]
+    whitened_alignment: Float[Tensor, "sample task head"]
+    whitened_squared_norm: Float[Tensor, "sample head"]
+    response: Float[Tensor, "sample task head"]
+    slope_influence: Float[Tensor, "sample task head"]
+    curvature_influence: Float[Tensor, "sample task head"]
+    step_size: float
 
     @property
     def count(self) -> Float[Tensor, task]:
@@ -156,19 +182,41 @@ def cosine(s: SliceStatistics) -> Estimate:
     shrinks it towards 0. Within one task, pairs (i, i) are left out of the product but not of the norms, so
     that the result is the share of the mean gradient that is not noise: 1 = none, 0 or less = all.
     """
-    squared = s.task_mean(s.alignment).diagonal(dim1=0, dim2=1).T  # |mean gradient|^2 [task, head]
+    return _cosine(s, s.alignment, s.squared_norm)
+
+
+def conflict(s: SliceStatistics) -> Estimate:
+    r"""Cosine of the two tasks' mean gradients after whitening by the pooled Fisher.
+
+    .. math:: \frac{\bar g_A^\top D \bar g_B}{\sqrt{\bar g_A^\top D \bar g_A \; \bar g_B^\top D \bar g_B}},
+              \qquad D = 1 / (I + \epsilon)
+
+    The inner product of the natural gradient (Amari 1998, eq. 2) with a diagonal Fisher: how the tasks pull
+    counts in units of what moves the model's outputs, so that a few weights with large gradients do not decide
+    alone. In [-1, 1], negative = conflict; the rest as for :func:`cosine`.
+    """
+    return _cosine(s, s.whitened_alignment, s.whitened_squared_norm)
+
+
+def _cosine(
+    s: SliceStatistics,
+    alignment: Float[Tensor, "sample task head"],
+    squared_norm: Float[Tensor, "sample head"],
+) -> Estimate:
+    """Cosine of the tasks' mean gradients under some inner product."""
+    squared = s.task_mean(alignment).diagonal(dim1=0, dim2=1).T  # |mean gradient|^2 [task, head]
     norm = squared.sqrt()
-    value = s.task_mean(s.alignment) / (norm[:, None] * norm[None, :])
+    value = s.task_mean(alignment) / (norm[:, None] * norm[None, :])
     own_norm, own_squared = s.of_own_task(norm)[:, None], s.of_own_task(squared)[:, None]
-    own_alignment = (s.alignment * s.membership.T.unsqueeze(-1)).sum(dim=1, keepdim=True)
-    influence = s.alignment / (own_norm * norm) - s.of_own_task(value) * own_alignment / own_squared
+    own_alignment = (alignment * s.membership.T.unsqueeze(-1)).sum(dim=1, keepdim=True)
+    influence = alignment / (own_norm * norm) - s.of_own_task(value) * own_alignment / own_squared
 
     # Within a task: (n - mean|g|^2 / |mean g|^2) / (n - 1), and its derivative in one sample.
     count = s.count[:, None]
-    mean_squared_norm = s.task_mean(s.squared_norm)
+    mean_squared_norm = s.task_mean(squared_norm)
     within = (count - mean_squared_norm / squared) / (count - 1)
     ratio = s.of_own_task(mean_squared_norm / squared)[:, None]
-    within_influence = (2 * ratio * own_alignment - s.squared_norm[:, None]) / (
+    within_influence = (2 * ratio * own_alignment - squared_norm[:, None]) / (
         own_squared * (s.of_own_task(count)[:, None] - 1)
     )
     value = value.clone()
@@ -179,6 +227,36 @@ def cosine(s: SliceStatistics) -> Estimate:
         as_a=torch.where(own, within_influence, influence),
         as_b=torch.where(own, torch.zeros_like(influence), influence),
     )
+
+
+def forgetting(s: SliceStatistics) -> Estimate:
+    r"""How strongly a step along B's update moves A's samples, in either direction.
+
+    .. math:: \operatorname{mean}_{i \in A} \langle g_i, d_B \rangle^2 = d_B^\top F_A d_B
+
+    with the full, not the diagonal, empirical Fisher :math:`F_A` of the slice, and :math:`d_B` the update direction
+    (:func:`update_rate`). To second order the step :math:`-\eta d_B` changes A's predictive distribution by a
+    Kullback-Leibler divergence of :math:`\eta^2/2` times as much (Amari 1998; with the observed targets instead of
+    drawn ones, Kunstner et al. 2019, arXiv:1905.12558); elastic weight consolidation takes the diagonal of it
+    (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3). At least 0. Within one task the direction is that of
+    the other samples.
+    """
+    squares = s.response.square()
+    return s.pair_estimate(s.task_mean(squares), as_a=squares, as_b=s.curvature_influence)
+
+
+def loss_rise(s: SliceStatistics) -> Estimate:
+    r"""Rise of A's loss that a step along B's update in this cell alone predicts.
+
+    .. math:: -\eta \langle \bar g_A, d_B \rangle + \frac{\eta^2}{2} d_B^\top F_A d_B
+
+    the Taylor expansion of A's mean loss at the step :math:`-\eta d_B` to second order, the Hessian replaced by the
+    empirical Fisher as in :func:`forgetting`. In units of loss; positive = A forgets, negative = A gains. Within
+    one task the direction is that of the other samples.
+    """
+    rise = -s.step_size * s.response + s.step_size**2 / 2 * s.response.square()
+    as_b = -s.step_size * s.slope_influence + s.step_size**2 / 2 * s.curvature_influence
+    return s.pair_estimate(s.task_mean(rise), as_a=rise, as_b=as_b)
 
 
 @dataclass(frozen=True)
@@ -224,14 +302,52 @@ SCORES: dict[str, Score] = {
             symmetric=True,
             signed=True,
         ),
+        Score(
+            "conflict",
+            conflict,
+            "-1 opposed, 1 aligned, whitened by the Fisher",
+            natural_range=lambda _: (-1.0, 1.0),
+            falling=True,
+            symmetric=True,
+            signed=True,
+        ),
+        Score("forgetting", forgetting, "squared response of the loss to the update"),
+        Score("loss_rise", loss_rise, "predicted rise of the loss, below 0 = it falls", signed=True),
     )
 }
 """Every score; the first is the one that is shown first."""
 
 
-def damped(fisher: Float[Tensor, "head weight"], damping: float) -> Float[Tensor, "head weight"]:
+def damped(fisher: Float[Tensor, "*any weight"], damping: float) -> Float[Tensor, "*any weight"]:
     r""":math:`I + \epsilon`, the damping relative to the mean over the slice, so that units cancel."""
     return fisher + damping * fisher.mean(dim=-1, keepdim=True)
+
+
+def update_rate(
+    update: UpdateDirection | Float[Tensor, "head weight"],
+    mean_gradient: Float[Tensor, "*task head weight"],
+    mean_square: Float[Tensor, "*task head weight"],
+    damping: float,
+) -> Float[Tensor, "*task head weight"]:
+    r"""What an optimiser multiplies the mean gradient with, per weight: :math:`d = \rho \, \bar g`.
+
+    Args:
+        update: "adam" divides by the root of the damped mean square of the task's own gradients,
+            :math:`\rho = (\overline{g^2} + \epsilon)^{-1/2}` (Kingma & Ba 2015, arXiv:1412.6980, whose second moment is
+            that of batches; of single samples here). "sgd": 1. A tensor: the rates themselves, as from an
+            optimiser's state.
+        mean_gradient: Mean gradient.
+        mean_square: Mean squared gradient.
+        damping: Relative to the mean of the mean square over the slice.
+
+    Returns:
+        The rates.
+    """
+    if isinstance(update, Tensor):
+        return update.to(mean_gradient).expand_as(mean_gradient)
+    if update == "sgd":
+        return torch.ones_like(mean_gradient)
+    return damped(mean_square, damping).rsqrt()
 
 
 def slice_statistics(
@@ -240,16 +356,20 @@ def slice_statistics(
     num_tasks: int,
     fisher: Float[Tensor, "head weight"],
     damping: float,
+    update: UpdateDirection | Float[Tensor, "head weight"] = "adam",
+    step_size: float = STEP_SIZE,
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
     Args:
-        chunks: Gradients of the samples in order, read twice (a list, or an object whose ``__iter__``
+        chunks: Gradients of the samples in order, read several times (a list, or an object whose ``__iter__``
             makes them anew), so that not all of them need be in memory.
         task_indices: Task of each sample, counted from 0; -1 leaves a sample out.
         num_tasks: Number of tasks.
         fisher: Fisher pooled over tasks.
         damping: Added to the Fisher, relative to its mean over the slice.
+        update: Direction in which a task updates the slice, see :func:`update_rate`.
+        step_size: Length of the step along it.
 
     Returns:
         The statistics of the samples that belong to a task.
@@ -280,8 +400,13 @@ def slice_statistics(
     )
     sensitive_to = mean_absolute * inverse
     pushed_by = mean_square * inverse
+    pulled_by = mean_gradient * inverse
+    directions = _Directions(mean_gradient, mean_square, count, damping, update)
     parts: dict[str, list[Tensor]] = {}
+    start = 0
     for chunk in chunks:
+        tasks = task_indices[start : start + len(chunk)]
+        start += len(chunk)
         square, absolute = chunk.square(), chunk.abs()
         results = {
             "sensitivity": _inner(square, sensitive_to),
@@ -290,14 +415,119 @@ def slice_statistics(
             "absolute_norm": absolute.sum(dim=-1),
             "alignment": _inner(chunk, mean_gradient),
             "squared_norm": square.sum(dim=-1),
+            "whitened_alignment": _inner(chunk, pulled_by),
+            "whitened_squared_norm": _inner(square, inverse[None]).squeeze(1),
+            "response": directions.response(chunk, tasks),
         }
         for name, result in results.items():
             parts.setdefault(name, []).append(result)
+    parts |= directions.influences(chunks, task_indices, torch.cat(parts["response"]))
     kept = task_indices >= 0
     return SliceStatistics(
         membership=membership[:, kept].double(),
         **{name: torch.cat(results).double()[kept] for name, results in parts.items()},
+        step_size=step_size,
     )
+
+
+class _Directions:
+    """The update direction of every task, and how it moves with a sample of the task."""
+
+    def __init__(
+        self,
+        mean_gradient: Float[Tensor, "task head weight"],
+        mean_square: Float[Tensor, "task head weight"],
+        count: Float[Tensor, "task 1 1"],
+        damping: float,
+        update: UpdateDirection | Float[Tensor, "head weight"],
+    ) -> None:
+        self._mean, self._square, self._count = mean_gradient, mean_square, count
+        self._damping, self._update = damping, update
+        self._rate = update_rate(update, mean_gradient, mean_square, damping)
+        self._direction = mean_gradient * self._rate
+
+    def response(
+        self, chunk: Float[Tensor, "sample head weight"], tasks: Int[Tensor, sample]
+    ) -> Float[Tensor, "sample task head"]:
+        response = _inner(chunk, self._direction)
+        for task, rows, samples in _by_task([chunk], tasks):
+            response[rows, task] = (samples * self._without(samples, task)).sum(dim=-1)
+        return response
+
+    def _without(
+        self, samples: Float[Tensor, "sample head weight"], task: int
+    ) -> Float[Tensor, "sample head weight"]:
+        """Direction of the task without each of the samples."""
+        count = self._count[task]
+        others = (count - 1).clamp(min=1)
+        mean = (count * self._mean[task] - samples) / others
+        # Rounding can leave less than nothing of a weight that only this sample moves.
+        square = ((count * self._square[task] - samples.square()) / others).clamp(min=0)
+        return mean * update_rate(self._update, mean, square, self._damping)
+
+    def influences(
+        self,
+        chunks: Iterable[Float[Tensor, "_ head weight"]],
+        task_indices: Int[Tensor, sample],
+        response: Float[Tensor, "sample task head"],
+    ) -> dict[str, list[Tensor]]:
+        """Derivatives of the mean response and of the mean squared response in each sample of the pushing task."""
+        slope = torch.zeros_like(response)
+        curvature = torch.zeros_like(response)
+        # A vector of the slice's size for each pair of tasks: some pushing tasks at a time.
+        size = max(1, INFLUENCE_BYTES // max(1, self._mean.nbytes))
+        for first in range(0, len(self._mean), size):
+            pushing = range(first, min(first + size, len(self._mean)))
+            weighted = self._response_weighted_mean(chunks, task_indices, response, pushing)
+            for task, rows, samples in _by_task(chunks, task_indices):
+                if task in pushing:
+                    slope[rows] = self._derivative(samples, task, self._mean)
+                    curvature[rows] = 2 * self._derivative(samples, task, weighted[:, task - first])
+        return {"slope_influence": [slope], "curvature_influence": [curvature]}
+
+    def _response_weighted_mean(
+        self,
+        chunks: Iterable[Float[Tensor, "_ head weight"]],
+        task_indices: Int[Tensor, sample],
+        response: Float[Tensor, "sample task head"],
+        pushing: range,
+    ) -> Float[Tensor, "task_a task_b head weight"]:
+        """Mean over A of each sample's gradient times its response to each of the pushing tasks B."""
+        total = self._mean.new_zeros(len(self._mean), len(pushing), *self._mean.shape[1:])
+        for task, rows, samples in _by_task(chunks, task_indices):
+            to = response[rows, pushing.start : pushing.stop]
+            total[task] += torch.einsum("nth,nhk->thk", to, samples)
+        return total / self._count.unsqueeze(-1)
+
+    def _derivative(
+        self,
+        samples: Float[Tensor, "sample head weight"],
+        task: int,
+        vectors: Float[Tensor, "other head weight"],
+    ) -> Float[Tensor, "sample other head"]:
+        r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees."""
+        moved = _inner(samples, vectors * self._rate[task])
+        if isinstance(self._update, Tensor) or self._update == "sgd":
+            return moved
+        # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
+        slowed = vectors * (self._direction[task] * self._rate[task].square() / 2)
+        square = samples.square()
+        share = self._damping * square.mean(dim=-1)[:, None] * slowed.sum(dim=-1)
+        return moved - _inner(square, slowed) - share
+
+
+def _by_task(
+    chunks: Iterable[Float[Tensor, "_ head weight"]], task_indices: Int[Tensor, sample]
+) -> Iterator[tuple[int, Int[Tensor, _], Float[Tensor, "_ head weight"]]]:
+    """The samples of each task in each chunk, with their places among all samples."""
+    start = 0
+    for chunk in chunks:
+        tasks = task_indices[start : start + len(chunk)]
+        for task in tasks.unique().tolist():
+            if task >= 0:
+                rows = (tasks == task).nonzero().flatten()
+                yield task, rows + start, chunk[rows]
+        start += len(chunk)
 
 
 def _inner(samples: Tensor, vectors: Tensor) -> Tensor:
@@ -321,6 +551,8 @@ def head_interference(
     tasks: Sequence[str],
     fisher: Float[Tensor, "head weight"],
     damping: float = 1e-3,
+    update: UpdateDirection | Float[Tensor, "head weight"] = "adam",
+    step_size: float = STEP_SIZE,
 ) -> dict[tuple[str, str], dict[str, Float[Tensor, head]]]:
     """All scores of one projection's heads, for every ordered pair of tasks.
 
@@ -331,6 +563,8 @@ def head_interference(
         tasks: Task of each sample.
         fisher: Fisher pooled over tasks, as from :meth:`EmpiricalFisher.pooled`.
         damping: Added to the Fisher, relative to its mean over the head.
+        update: Direction in which a task updates the weights, see :func:`update_rate`.
+        step_size: Length of the step along it: the learning rate times the number of steps.
 
     Returns:
         For each (task_a, task_b): the scores by name, and beside each ``<score>_standard_error``. NaN
@@ -349,7 +583,7 @@ def head_interference(
     check_inputs(gradients, tasks, damping)
     names = sorted(set(tasks))
     indices = torch.tensor([names.index(task) for task in tasks], device=gradients.device)
-    statistics = slice_statistics([gradients], indices, len(names), fisher, damping)
+    statistics = slice_statistics([gradients], indices, len(names), fisher, damping, update, step_size)
     result: dict[tuple[str, str], dict[str, Tensor]] = {(a, b): {} for a in names for b in names}
     for score in SCORES.values():
         estimate = score.function(statistics)

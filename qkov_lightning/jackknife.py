@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qkov_lightning.cache import GradientCache
-from qkov_lightning.interference import SCORES
+from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection
 from qkov_lightning.measurement import _ProjectionGradients
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import Projection, num_heads, num_layers
@@ -28,6 +28,8 @@ def jackknife_errors(
     *,
     num_groups: int,
     damping: float = 1e-3,
+    update: UpdateDirection = "adam",
+    step_size: float = STEP_SIZE,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -44,6 +46,8 @@ def jackknife_errors(
         tasks: Names along the task axes.
         num_groups: Groups, at most as many as the smallest task has samples.
         damping: Added to the Fisher, relative to its mean over a slice.
+        update: Direction in which a task updates the weights.
+        step_size: Length of the step along it.
         device: Where the arithmetic runs.
         rank: This process; it takes every ``world_size``-th layer.
         world_size: Number of processes.
@@ -57,7 +61,9 @@ def jackknife_errors(
     if num_groups < 2:
         raise ValueError(f"num_groups is {num_groups}, expected at least 2.")
     metrics = [
-        HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
+        HeadInterference(
+            tasks, num_layers(projections), num_heads(projections), damping, update, step_size
+        ).to(device)
         for _ in range(num_groups)
     ]
     records = [record for record, _ in cache.records()]

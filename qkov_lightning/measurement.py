@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from qkov_lightning.capture import is_trainable
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.gradients import head_gradients, select_samples
 from qkov_lightning.heatmap import BlockInfo, InterferenceHeatmap, Layer, SamplePair, Status
-from qkov_lightning.interference import SCORES, sample_pairs
+from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection, sample_pairs
 from qkov_lightning.metric import HeadInterference
-from qkov_lightning.projections import BLOCKS, Projection, num_heads, num_layers
+from qkov_lightning.projections import BLOCKS, Block, Projection, num_heads, num_layers
 
 CHUNK_BYTES = 32 * 2**20
 """Per-sample gradients made at once: small enough for the processor's caches."""
@@ -33,6 +33,9 @@ PAIRS_PER_CELL = 3
 
 MAX_CELLS = 20_000_000
 """Values of one score in a heatmap: 100 tasks at 28 layers x 16 heads."""
+
+Rates = Mapping[tuple[int, Block], Float[Tensor, "head weight"]]
+"""What the optimiser multiplies a gradient with, by layer and block."""
 
 Gather = Callable[[list[SamplePair]], list[SamplePair]]
 Agree = Callable[[CacheError | None], None]
@@ -104,6 +107,9 @@ def measure_interference(
     folded_until: int = 0,
     fisher_decay: float = 0.95,
     damping: float = 1e-3,
+    update: UpdateDirection = "adam",
+    step_size: float = STEP_SIZE,
+    rates: Rates | None = None,
     num_hot_cells: int = 10,
     device: torch.device | str = "cpu",
     rank: int = 0,
@@ -126,6 +132,9 @@ def measure_interference(
         folded_until: First captured step that the previous Fisher does not hold.
         fisher_decay: Decay of a new Fisher.
         damping: Added to the Fisher, relative to its mean over a slice.
+        update: Direction in which a task updates the weights.
+        step_size: Length of the step along it.
+        rates: What the optimiser multiplies a gradient with, instead of the direction.
         num_hot_cells: Cells per task pair whose sample pairs are searched.
         device: Where the arithmetic runs.
         rank: This process; it takes every ``world_size``-th layer.
@@ -157,7 +166,9 @@ def measure_interference(
             f"{len(tasks)} tasks ({tasks[0]!r}, {tasks[1]!r}, ...) make {num_cells:,} cells, more than the {MAX_CELLS:,} that "
             "a heatmap can hold. Is `task_of` the identifier of a sample? Map it to fewer tasks."
         )
-    metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
+    metric = HeadInterference(
+        tasks, num_layers(projections), num_heads(projections), damping, update, step_size
+    ).to(device)
     own = [projection for projection in projections if projection.layer % world_size == rank]
     failure: CacheError | None = None
     try:
@@ -169,8 +180,14 @@ def measure_interference(
             )
             if gradients.records and fisher.tasks:
                 indices = _task_indices(gradients.records, masks, tasks)
-                pooled = fisher.pooled().to(device)
-                metric.update(gradients, indices, pooled, layer=projection.layer, block=projection.block)
+                metric.update(
+                    gradients,
+                    indices,
+                    fisher.pooled().to(device),
+                    layer=projection.layer,
+                    block=projection.block,
+                    rates=None if rates is None else rates[projection.layer, projection.block].to(device),
+                )
             on_projection()
     except CacheError as error:
         failure = error

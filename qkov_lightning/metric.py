@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.facets import draw_strip, scale_of
-from qkov_lightning.interference import MIN_SAMPLES, SCORES, slice_statistics
+from qkov_lightning.interference import MIN_SAMPLES, SCORES, STEP_SIZE, UpdateDirection, slice_statistics
 from qkov_lightning.projections import BLOCKS, Block
 
 
@@ -29,6 +29,8 @@ class HeadInterference(Metric):
         num_layers: Number of attention layers.
         num_heads: Largest number of heads of any block.
         damping: Added to the Fisher, relative to its mean over a slice.
+        update: Direction in which a task updates the weights: that of Adam or of SGD.
+        step_size: Length of the step along it, the learning rate times the number of steps.
         **kwargs: As for every :class:`torchmetrics.Metric`.
 
     Raises:
@@ -58,6 +60,8 @@ class HeadInterference(Metric):
         num_layers: int,
         num_heads: int,
         damping: float = 1e-3,
+        update: UpdateDirection = "adam",
+        step_size: float = STEP_SIZE,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,6 +71,8 @@ class HeadInterference(Metric):
             raise ValueError(f"damping is {damping}, expected a positive number.")
         self.tasks = tuple(tasks)
         self.damping = damping
+        self.update_direction: UpdateDirection = update
+        self.step_size = step_size
         pairs = torch.zeros(len(tasks), len(tasks), num_layers, num_heads, len(BLOCKS), dtype=torch.float64)
         for score in SCORES:
             self.add_state(f"{score}_sum", pairs.clone(), dist_reduce_fx="sum")
@@ -83,6 +89,7 @@ class HeadInterference(Metric):
         layer: int,
         block: Block,
         first_head: int = 0,
+        rates: Float[Tensor, "head weight"] | None = None,
     ) -> None:
         """Add one projection, or some heads of it.
 
@@ -93,6 +100,8 @@ class HeadInterference(Metric):
             layer: Layer of the projection.
             block: Block of the projection.
             first_head: Head that the first row of ``gradients`` belongs to.
+            rates: What the optimiser multiplies a gradient with, weight by weight, instead of the direction that the
+                metric was made with.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
@@ -107,7 +116,13 @@ class HeadInterference(Metric):
                 f"{num_layers} layers and {num_heads} heads."
             )
         statistics = slice_statistics(
-            chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping
+            chunks,
+            indices.to(fisher.device),
+            len(self.tasks),
+            fisher,
+            self.damping,
+            self.update_direction if rates is None else rates,
+            self.step_size,
         )
         cell = (..., layer, heads, BLOCKS.index(block))
         count = statistics.count

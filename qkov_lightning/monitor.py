@@ -10,7 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,17 +18,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from qkov_lightning.architectures import find_projections
 from qkov_lightning.cache import CacheError, GradientCache, adopt_directory
-from qkov_lightning.capture import GradientCapture, LossReduction
+from qkov_lightning.capture import GradientCapture, LossReduction, is_trainable
 from qkov_lightning.figures import heatmap_figure, render, save_image
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair, safe_name
-from qkov_lightning.interference import SCORES
+from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection
 from qkov_lightning.loggers import send
-from qkov_lightning.measurement import measure_interference
+from qkov_lightning.measurement import Rates, measure_interference
 from qkov_lightning.probe import Probe, find_probe, probe_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
 from qkov_lightning.tables import write_tables
 from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
+from qkov_lightning.weights import adaptive_rates
 
 
 class InterferenceMonitor(Callback):
@@ -57,6 +58,10 @@ class InterferenceMonitor(Callback):
         cache_dir: Where the cache goes; beside the other results by default. All processes must see it.
         fisher_decay: Decay of the Fisher's EMA per captured step.
         damping: Added to the Fisher, relative to its mean over a slice.
+        update_direction: Direction in which a task would update the weights, for ``forgetting`` and ``loss_rise``:
+            "adam", "sgd", the one of the trainer's optimiser ("auto"), or the mean gradient divided by the second
+            moments that the optimiser holds at the moment ("state").
+        step_size: Length of the step that ``loss_rise`` predicts: the learning rate times the number of steps.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         projections: Head map; found by ``find_projections`` by default.
         probe: Samples to measure at the weights of the moment, instead of those that training happens to see: a
@@ -84,6 +89,8 @@ class InterferenceMonitor(Callback):
         cache_dir: str | Path | None = None,
         fisher_decay: float = 0.95,
         damping: float = 1e-3,
+        update_direction: Literal["auto", "adam", "sgd", "state"] = "auto",
+        step_size: float = STEP_SIZE,
         num_hot_cells: int = 10,
         projections: Sequence[Projection] | None = None,
         probe: str | Probe | None = None,
@@ -100,6 +107,19 @@ class InterferenceMonitor(Callback):
         _check("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number")
         _check("fisher_decay", fisher_decay, 0 <= fisher_decay < 1, "at least 0 and less than 1")
         _check("damping", damping, damping > 0, "a positive number")
+        _check(
+            "update_direction",
+            update_direction,
+            update_direction in {"auto", "adam", "sgd", "state"},
+            "auto, adam, sgd or state",
+        )
+        _check(
+            "update_direction",
+            update_direction,
+            update_direction != "state" or probe is None,
+            "auto, adam or sgd with a probe",
+        )
+        _check("step_size", step_size, step_size > 0, "a positive number")
         _check("num_hot_cells", num_hot_cells, num_hot_cells >= 0, "at least 0")
         self.task_of = task_of
         self.sample_id_of = sample_id_of
@@ -112,6 +132,8 @@ class InterferenceMonitor(Callback):
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.fisher_decay = fisher_decay
         self.damping = damping
+        self.update_direction: Literal["auto", "adam", "sgd", "state"] = update_direction
+        self.step_size = step_size
         self.num_hot_cells = num_hot_cells
         self.projections = projections
         self.probe = probe
@@ -239,6 +261,9 @@ class InterferenceMonitor(Callback):
                         folded_until=self._fisher_step,
                         fisher_decay=self.fisher_decay,
                         damping=self.damping,
+                        update=self._update(trainer),
+                        step_size=self.step_size,
+                        rates=self._rates(trainer, pl_module),
                         num_hot_cells=self.num_hot_cells,
                         device=pl_module.device,
                         rank=trainer.global_rank,
@@ -276,6 +301,8 @@ class InterferenceMonitor(Callback):
                 num_target_tokens_of=self.num_target_tokens_of,
                 projections=self._projections,
                 damping=self.damping,
+                update=self._update(trainer),
+                step_size=self.step_size,
                 num_hot_cells=self.num_hot_cells,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
@@ -284,6 +311,20 @@ class InterferenceMonitor(Callback):
                 step=trainer.global_step,
                 epoch=trainer.current_epoch,
             )
+
+    def _update(self, trainer: Trainer) -> UpdateDirection:
+        if self.update_direction in {"adam", "sgd"}:
+            return self.update_direction
+        return "adam" if any("betas" in optimizer.defaults for optimizer in trainer.optimizers) else "sgd"
+
+    def _rates(self, trainer: Trainer, pl_module: LightningModule) -> Rates | None:
+        if self.update_direction != "state":
+            return None
+        return {
+            (projection.layer, projection.block): adaptive_rates(pl_module, projection, trainer.optimizers)
+            for projection in self._projections
+            if is_trainable(pl_module.get_submodule(projection.module_name))
+        }
 
     # Where it shows
 

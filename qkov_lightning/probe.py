@@ -24,6 +24,7 @@ from qkov_lightning.architectures import find_projections
 from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
+from qkov_lightning.interference import STEP_SIZE, UpdateDirection
 from qkov_lightning.jackknife import jackknife_errors
 from qkov_lightning.measurement import Agree, measure_interference, raise_alone
 from qkov_lightning.projections import Projection
@@ -54,6 +55,8 @@ def probe_interference(
     num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
     projections: Sequence[Projection] | None = None,
     damping: float = 1e-3,
+    update: UpdateDirection = "adam",
+    step_size: float = STEP_SIZE,
     num_hot_cells: int = 10,
     rank: int = 0,
     world_size: int = 1,
@@ -78,6 +81,8 @@ def probe_interference(
         num_target_tokens_of: The same for target tokens, which only "token_mean" needs.
         projections: Head map; found by ``find_projections`` by default.
         damping: Added to the Fisher, relative to its mean over a slice.
+        update: Direction in which a task updates the weights: that of Adam or of SGD.
+        step_size: Length of the step along it, the learning rate times the number of steps.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         rank: This process; it scores every ``world_size``-th layer.
         world_size: Number of processes.
@@ -130,6 +135,8 @@ def probe_interference(
                 fisher_directory=Path(directory) / "fisher",
                 fisher_decay=0.0,
                 damping=damping,
+                update=update,
+                step_size=step_size,
                 num_hot_cells=num_hot_cells,
                 device=device,
                 rank=rank,
@@ -151,6 +158,8 @@ def probe_interference(
                 heatmap.tasks,
                 num_groups=groups,
                 damping=damping,
+                update=update,
+                step_size=step_size,
                 device=device,
                 rank=rank,
                 world_size=world_size,

@@ -52,3 +52,32 @@ def online_fisher(steps: list[Tensor], decay: float) -> Tensor:
         average = decay * average + (1 - decay) * torch.stack([g.double() ** 2 for g in gradients]).mean(0)
         weight = decay * weight + (1 - decay)
     return average / weight
+
+
+def naive_conflict(a: Tensor, b: Tensor, fisher: Tensor, damping: float, same: bool) -> float:
+    """The cosine, of gradients divided by the root of the damped Fisher."""
+    root = (fisher + damping * float(fisher.sum()) / len(fisher)) ** 0.5
+    return naive_cosine(a / root, b / root, same)
+
+
+def naive_direction(samples: Tensor, damping: float, update: str | Tensor) -> Tensor:
+    """Mean gradient over the root of the damped mean square (Adam), alone (SGD), or times given rates."""
+    result = torch.zeros(samples.shape[1], dtype=torch.float64)
+    squares = [sum(float(row[k]) ** 2 for row in samples) / len(samples) for k in range(len(result))]
+    for k in range(len(result)):
+        mean = sum(float(row[k]) for row in samples) / len(samples)
+        if isinstance(update, Tensor):
+            mean *= float(update[k])
+        elif update == "adam":
+            mean /= (squares[k] + damping * sum(squares) / len(squares)) ** 0.5
+        result[k] = mean
+    return result
+
+
+def naive_responses(a: Tensor, b: Tensor, damping: float, update: str | Tensor, same: bool) -> list[float]:
+    """Of each sample of a to the direction of b's samples; within a task, of the other ones."""
+    responses = []
+    for i in range(len(a)):
+        others = torch.cat([b[:i], b[i + 1 :]]) if same else b
+        responses.append(float(a[i] @ naive_direction(others, damping, update)))
+    return responses

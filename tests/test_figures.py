@@ -168,7 +168,10 @@ def test_metric_plot_draws_on_the_axis_that_it_is_given_and_the_value_that_it_is
 
 
 def test_metric_plot_refuses_an_unknown_score_or_task() -> None:
-    with pytest.raises(ValueError, match="Unknown score 'heat'; there are interference, relative, cosine"):
+    with pytest.raises(
+        ValueError,
+        match="Unknown score 'heat'; there are interference, relative, cosine, conflict, forgetting, loss_rise",
+    ):
         _metric().plot(score="heat")
     with pytest.raises(ValueError, match="Unknown task 'poetry'"):
         _metric().plot(pair=("math", "poetry"))

@@ -145,7 +145,7 @@ def test_a_task_never_seen_is_refused() -> None:
         ('{"schema": 1}', "not an interference heatmap: KeyError"),
         (
             '{"schema": 1, "scores": {"heat": []}}',
-            "unknown score 'heat'; this version knows interference, relative",
+            "unknown score 'heat'; this version knows interference, relative, cosine, conflict, forgetting",
         ),
     ],
 )

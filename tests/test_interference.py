@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracles import naive_cosine, naive_interference, naive_relative
+from oracles import naive_conflict, naive_cosine, naive_interference, naive_relative, naive_responses
 from torch import Tensor
 
 from qkov_lightning import EmpiricalFisher, HeadInterference, head_interference
-from qkov_lightning.interference import sample_pairs, slice_statistics
+from qkov_lightning.interference import SCORES, sample_pairs, slice_statistics
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 sums in another order
 TASKS = ["math"] * 5 + ["code"] * 4 + ["prose"] * 3
@@ -46,6 +46,75 @@ def test_scores_equal_a_naive_loop_over_pairs_and_weights() -> None:
                 naive_relative(one, other, norm, DAMPING, same), rel=1e-10
             )
             assert scores[a, b]["cosine"][head] == pytest.approx(naive_cosine(one, other, same), rel=1e-9)
+
+
+RATES = torch.linspace(0.1, 2.0, 7, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("update", ["adam", "sgd", RATES], ids=["adam", "sgd", "state"])
+def test_scores_of_the_update_equal_a_naive_loop_over_samples_and_weights(update: str | Tensor) -> None:
+    samples = gradients()
+    fisher = pooled(samples)
+    rates = update.expand(3, 7) if isinstance(update, Tensor) else update
+    scores = head_interference(samples, TASKS, fisher, DAMPING, update=rates, step_size=0.3)
+    for a, b in scores:
+        for head in range(3):
+            one, other = samples[rows(a), head], samples[rows(b), head]
+            responses = naive_responses(one, other, DAMPING, update, a == b)
+            curvature = sum(r * r for r in responses) / len(responses)
+            rise = sum(-0.3 * r + 0.3**2 / 2 * r * r for r in responses) / len(responses)
+            assert scores[a, b]["forgetting"][head] == pytest.approx(curvature, rel=1e-9)
+            assert scores[a, b]["loss_rise"][head] == pytest.approx(rise, rel=1e-9)
+            whitened = naive_conflict(one, other, fisher[head], DAMPING, a == b)
+            assert scores[a, b]["conflict"][head] == pytest.approx(whitened, rel=1e-9)
+
+
+def test_the_predicted_rise_of_the_loss_is_what_a_quadratic_loss_does() -> None:
+    """Samples with the loss -log N(y; <w, x>, 1): for these the empirical Fisher at the truth is the Hessian.
+
+    The step is small, so that the two agree to the sampling error of the Fisher, 1 / sqrt(4000) of the rise.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(8000, 5, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, generator=generator, dtype=torch.float64)
+    target = inputs @ weight + torch.randn(8000, generator=generator, dtype=torch.float64)
+    target[4000:] += 0.5 * inputs[4000:, 0]  # task B wants another weight
+    samples = ((inputs @ weight - target)[:, None] * inputs)[:, None]
+    tasks = ["a"] * 4000 + ["b"] * 4000
+
+    def loss(w: Tensor) -> Tensor:
+        return (inputs[:4000] @ w - target[:4000]).square().mean() / 2
+
+    step = 0.4
+    moved = weight - step * samples[4000:, 0].mean(dim=0)
+    fisher = samples.square().mean(dim=0)
+    scores = head_interference(samples, tasks, fisher, update="sgd", step_size=step)["a", "b"]
+    rise, error = scores["loss_rise"].item(), scores["loss_rise_standard_error"].item()
+    assert rise == pytest.approx((loss(moved) - loss(weight)).item(), rel=0.05)
+    assert error < rise / 5
+
+
+def test_tasks_that_want_opposite_weights_conflict_and_tasks_that_want_the_same_gain() -> None:
+    shared = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    noise = 0.3 * torch.randn(20, 1, 3, dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        signs = torch.tensor([1.0] * 10 + [sign] * 10, dtype=torch.float64)[:, None, None]
+        samples = signs * shared + noise
+        scores = head_interference(samples, ["a"] * 10 + ["b"] * 10, samples.square().mean(dim=0))["a", "b"]
+        assert scores["conflict"].item() * sign > 0.9
+        assert scores["loss_rise"].item() * sign < 0
+
+
+def test_directions_for_more_tasks_than_fit_in_memory_at_once_give_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    samples = gradients()
+    expected = head_interference(samples, TASKS, pooled(samples), DAMPING)
+    monkeypatch.setattr("qkov_lightning.interference.INFLUENCE_BYTES", 1)
+    found = head_interference(samples, TASKS, pooled(samples), DAMPING)
+    for pair, scores in expected.items():
+        for name, value in scores.items():
+            torch.testing.assert_close(found[pair][name], value, **EXACT)
 
 
 def test_pair_matrices_equal_the_naive_loop() -> None:
@@ -94,7 +163,11 @@ def test_rescaling_the_loss_rescales_interference_and_leaves_the_dimensionless_s
     before = head_interference(samples, TASKS, pooled(samples))["math", "code"]
     after = head_interference(factor * samples, TASKS, pooled(factor * samples))["math", "code"]
     for name, value in before.items():
-        expected = value * factor if name.startswith("interference") else value
+        # Per unit of weight; with Adam's direction, which has no units.
+        power = {"interference": 1, "forgetting": 2}.get(name.removesuffix("_standard_error"), 0)
+        if name.startswith("loss_rise"):
+            continue
+        expected = value * factor**power
         torch.testing.assert_close(after[name], expected, rtol=1e-9, atol=0)
 
 
@@ -138,7 +211,7 @@ def test_a_task_with_fewer_than_two_samples_has_no_data() -> None:
         assert all(value.isnan().all() for value in scores[pair].values())
 
 
-@pytest.mark.parametrize("score", ["interference", "relative", "cosine"])
+@pytest.mark.parametrize("score", list(SCORES))
 def test_standard_errors_agree_with_repeated_sampling(score: str) -> None:
     """1,000 experiments (as heads) of 40 samples a task: the standard error is the spread of the values.
 

@@ -7,6 +7,7 @@ import torch
 
 from qkov_lightning import GradientCache, Projection, contiguous_heads, head_interference
 from qkov_lightning.capture import CapturedStep, GradientFactors
+from qkov_lightning.interference import SCORES
 from qkov_lightning.jackknife import jackknife_errors
 from qkov_lightning.samples import Samples
 
@@ -38,7 +39,7 @@ def test_errors_are_those_of_scores_taken_without_each_group_and_with_the_fisher
     cache, gradients = filled_cache(tmp_path)
     errors = jackknife_errors(cache, [PROJECTION], ["code", "math"], num_groups=3)
     numbers = [TASKS[:i].count(task) % 3 for i, task in enumerate(TASKS)]
-    for score in ("interference", "relative", "cosine"):
+    for score in SCORES:
         left_out = []
         for group in range(3):
             kept = [i for i in range(12) if numbers[i] != group]

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from synthetic import make_heatmap, train
 
 from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, loggers, register_logger
+from qkov_lightning.interference import SCORES
 from qkov_lightning.loggers import send
 
 # Of the loggers' own clients, not of this package.
@@ -27,7 +28,6 @@ pytestmark = [
 ]
 
 PAIRS = ("code__math", "math__code")
-SCORES = ("interference", "relative", "cosine")
 
 
 @pytest.fixture(autouse=True)

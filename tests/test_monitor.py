@@ -27,6 +27,7 @@ from qkov_lightning import (
     head_interference,
     task,
 )
+from qkov_lightning.interference import SCORES
 
 pytestmark = pytest.mark.filterwarnings(
     # Advice of Lightning about the size of the test, not about the monitor.
@@ -64,7 +65,7 @@ def expected_scores(
         for step in steps:
             fisher.update(heads[start : start + len(step)], names[start : start + len(step)])
             start += len(step)
-        for pair, values in head_interference(heads, names, fisher.pooled()).items():
+        for pair, values in head_interference(heads, names, fisher.pooled(), update="sgd").items():
             scores[(projection.layer, projection.block, *pair)] = values
     return scores
 
@@ -73,7 +74,7 @@ def assert_heatmap_is(heatmap: InterferenceHeatmap, expected: dict[tuple, dict[s
     # Float32 gradients, squared and summed: relative errors of about 1e-6 each, more after cancellation.
     for (layer, block, a, b), values in expected.items():
         heads = len(values["interference"])
-        for score in ("interference", "relative", "cosine"):
+        for score in SCORES:
             found = heatmap.values(a, b, score)[layer, :heads, "QKVO".index(block)]
             torch.testing.assert_close(found, values[score], rtol=1e-3, atol=2e-5)
             error = heatmap.errors(a, b, score)[layer, :heads, "QKVO".index(block)]
@@ -165,7 +166,16 @@ def test_scalars_can_stop_training_and_choose_checkpoints(tmp_path: Path) -> Non
     assert checkpoint.best_model_score is not None
     names = {name for name in fit.callback_metrics if name.startswith("interference/math__code/")}
     assert names == {
-        f"interference/math__code/{name}" for name in ("max", "mean", "relative_max", "cosine_min")
+        f"interference/math__code/{name}"
+        for name in (
+            "max",
+            "mean",
+            "relative_max",
+            "cosine_min",
+            "conflict_min",
+            "forgetting_max",
+            "loss_rise_max",
+        )
     }
 
 
@@ -187,9 +197,7 @@ def test_tensorboard_gets_figures_a_table_and_scalars(tmp_path: Path) -> None:
     events.Reload()
     tags = events.Tags()
     pairs = [f"{a}__{b}" for a, b in monitor.heatmap.task_pairs]
-    assert set(tags["images"]) == {
-        f"interference_{s}/{p}" for p in pairs for s in ("interference", "relative", "cosine")
-    }
+    assert set(tags["images"]) == {f"interference_{s}/{p}" for p in pairs for s in SCORES}
     images = events.Images("interference_relative/math__code")
     assert [image.width > 300 and image.height > 150 for image in images] == [True, True]
     assert [image.step for image in images] == [e.step for e in events.Scalars("interference/math__code/max")]
