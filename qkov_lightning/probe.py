@@ -7,12 +7,13 @@ Two measurements of one checkpoint on one machine are bit-identical.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import pickle
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from qkov_lightning.architectures import find_projections
 from qkov_lightning.cache import GradientCache
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
-from qkov_lightning.jackknife import jackknife_errors
+from qkov_lightning.jackknife import jackknife_error, jackknife_replicates
 from qkov_lightning.measurement import measure_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import read_labels
@@ -70,7 +71,8 @@ def probe_interference(
 
     The Fisher is the plain mean over the probe's samples of each task, then the mean over the tasks. Gradients wait
     in a temporary folder, so that the probe need not fit into memory. Standard errors come from leaving groups of
-    samples out, so that they hold for heavy-tailed gradients, too.
+    samples out, so that they hold for heavy-tailed gradients, too. The notes hold a fingerprint of the batches: two
+    heatmaps of the same samples are compared group by group.
 
     Args:
         model: Holds the attention layers.
@@ -102,6 +104,7 @@ def probe_interference(
     weights = [p for module in modules for p in module.parameters() if p.requires_grad]
     device = next(model.parameters()).device
     seen: Counter[tuple[str, str]] = Counter()
+    fingerprint = hashlib.sha256()
     with (
         tempfile.TemporaryDirectory(prefix="qkov-probe-") as directory,
         torch.inference_mode(False),
@@ -112,6 +115,7 @@ def probe_interference(
         cache = GradientCache(directory, max_samples_per_task=NO_LIMIT, max_bytes=NO_LIMIT)
         with GradientCapture(model, projections, loss_reduction) as capture, torch.enable_grad():
             for index, batch in enumerate(_batches(probe)):
+                _fingerprint(batch, fingerprint.update)
                 batch = _to_device(model, batch, device)
                 capture.start()
                 value = step_loss(model, batch)
@@ -145,7 +149,7 @@ def probe_interference(
             groups = min(MAX_GROUPS, *heatmap.samples_per_task.values())
             if groups < 2:
                 return heatmap
-            errors = jackknife_errors(
+            replicates = jackknife_replicates(
                 cache,
                 projections,
                 heatmap.tasks,
@@ -155,7 +159,12 @@ def probe_interference(
                 rank=rank,
                 world_size=world_size,
             )
-    return replace(heatmap, standard_errors=errors, notes={**heatmap.notes, "degrees_of_freedom": groups - 1})
+    return replace(
+        heatmap,
+        standard_errors={score: jackknife_error(values) for score, values in replicates.items()},
+        replicates=replicates,
+        notes={**heatmap.notes, "degrees_of_freedom": groups - 1, "samples": fingerprint.hexdigest()[:16]},
+    )
 
 
 def find_probe(probe: str | Probe, *owners: object) -> Probe:
@@ -264,6 +273,27 @@ def _to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:
     if model._trainer is not None:
         return model.trainer.strategy.batch_to_device(batch, device)
     return model.on_after_batch_transfer(model.transfer_batch_to_device(batch, device, 0), 0)
+
+
+def _fingerprint(value: Any, update: Callable[[bytes], None]) -> None:
+    """Feed a hash with every tensor, array, text and number of a batch, and where it lies."""
+    if isinstance(value, Tensor):
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            update(repr(key).encode())
+            _fingerprint(item, update)
+    elif isinstance(value, (list, tuple)):
+        update(f"{len(value)}".encode())
+        for item in value:
+            _fingerprint(item, update)
+    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
+        update(repr(value).encode())
+    else:
+        _fingerprint(getattr(value, "__dict__", None), update)
 
 
 def _check_loss(value: object, index: int) -> None:
