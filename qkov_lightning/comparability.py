@@ -109,7 +109,16 @@ def _check_data(
         raise NotComparableError(
             f"The {which} has {score!r} in shape {tuple(values.shape)}, expected {tuple(expected.shape)}."
         )
-    lost = expected & ~(values.isfinite() & errors.isfinite())
+    known = values.isfinite() & errors.isfinite()
+    if score in heatmap.replicates:
+        replicates = heatmap.replicates[score]
+        if replicates.shape[1:] != expected.shape or len(replicates) < 2:
+            raise NotComparableError(
+                f"The {which} has replicates of {score!r} in shape {tuple(replicates.shape)}, expected at least two of "
+                f"{tuple(expected.shape)}."
+            )
+        known &= replicates.isfinite().all(dim=0)
+    lost = expected & ~known
     if bool(lost.any()):
         a, b, layer, head, block = lost.nonzero()[0].tolist()
         raise NotComparableError(

@@ -2,11 +2,13 @@ r"""Two heatmaps to a verdict: did interference rise beyond noise, and where?
 
 Judged are every cell, the mean of every block and the maximum of every task pair. For each of them
 
-.. math:: t = (\text{rise} - \text{tolerance}) / \sqrt{s_0^2 + s_1^2}
+.. math:: t = (\text{rise} - \text{tolerance}) / s
 
-with the standard errors :math:`s_0, s_1` of the two heatmaps (Welch 1947), against Student's distribution with the
-least degrees of freedom that Welch's formula can give: those of the heatmap that has fewer. A heatmap has one
-less than its smallest task has samples, or what its notes say of how its standard errors were made.
+against Student's distribution. Where both heatmaps measured the same samples, s is the standard error of the rise
+itself, from leaving the same samples out of both: what the samples have in common cancels. Otherwise
+:math:`s^2 = s_0^2 + s_1^2` with the standard errors of the two heatmaps (Welch 1947), and the least degrees of freedom
+that Welch's formula can give: those of the heatmap that has fewer. A heatmap has one less than its smallest task has
+samples, or what its notes say of how its standard errors were made.
 """
 
 from __future__ import annotations
@@ -17,16 +19,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from scipy import special, stats
 from torch import Tensor
 
 from qkov_lightning.comparability import NotComparableError, check_comparable
 from qkov_lightning.heatmap import InterferenceHeatmap
 from qkov_lightning.interference import SCORES
+from qkov_lightning.jackknife import jackknife_error
 from qkov_lightning.projections import BLOCKS, Block
 
 NUM_NEAREST = 10
+
+ROUNDING = 1e-5
+"""Share of the largest value that float32 arithmetic may have added: no standard error is less."""
 
 Kind = Literal["cell", "block mean", "maximum"]
 KINDS: tuple[Kind, ...] = ("cell", "block mean", "maximum")
@@ -92,6 +98,7 @@ class DriftReport:
         tolerance: Rise that is allowed, in units of the score.
         alpha: Chance of a false alarm that is allowed.
         num_samples: Samples of the smallest task, in the baseline and now.
+        same_samples: Whether the two were measured on the same samples, and compared group by group.
     """
 
     findings: tuple[Finding, ...]
@@ -102,6 +109,7 @@ class DriftReport:
     tolerance: float
     alpha: float
     num_samples: tuple[int, int]
+    same_samples: bool
 
     @property
     def drifted(self) -> bool:
@@ -161,17 +169,29 @@ def check_drift(
             f"The smallest task has {num_samples[0]} samples in the baseline and {num_samples[1]} in the current heatmap, "
             f"expected at least {min_samples}: measure more samples of every task, or lower min_samples."
         )
+    same_samples = _measured_the_same_samples(baseline, current)
     judged = [
         quantity
         for score in scores
         for a, b in _pairs(len(baseline.tasks), score)
-        for quantity in _quantities(baseline, current, score, (a, b), (order[a], order[b]), measured)
+        for quantity in _quantities(
+            baseline, current, score, (a, b), (order[a], order[b]), measured, same_samples
+        )
     ]
     freedom = min(
         int(heatmap.notes.get("degrees_of_freedom", count - 1))
         for heatmap, count in zip((baseline, current), num_samples, strict=True)
     )
-    return _decide(judged, baseline, num_samples, freedom, scores, tolerance, alpha)
+    return _decide(judged, baseline, num_samples, same_samples, freedom, scores, tolerance, alpha)
+
+
+def _measured_the_same_samples(baseline: InterferenceHeatmap, current: InterferenceHeatmap) -> bool:
+    """Whether group g of the one holds the samples of group g of the other."""
+    samples, groups = (
+        {heatmap.notes.get("samples") for heatmap in (baseline, current)},
+        {len(values) for heatmap in (baseline, current) for values in heatmap.replicates.values()},
+    )
+    return None not in samples and len(samples) == 1 and len(groups) == 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,48 +219,84 @@ def _quantities(
     old_pair: tuple[int, int],
     new_pair: tuple[int, int],
     measured: Bool[Tensor, "layer head block"],
+    same_samples: bool,
 ) -> list[_Quantities]:
     places = [(layer, head, block) for layer, head, block in measured.nonzero().tolist()]
-    old, new = baseline.scores[score][old_pair][measured], current.scores[score][new_pair][measured]
-    old_error = baseline.standard_errors[score][old_pair][measured]
-    new_error = current.standard_errors[score][new_pair][measured]
+    old, new = _cells(baseline, score, old_pair, measured), _cells(current, score, new_pair, measured)
     tasks = (baseline.tasks[old_pair[0]], baseline.tasks[old_pair[1]])
-    cells = _Quantities("cell", score, tasks, places, old, new, torch.hypot(old_error, new_error))
+    every = torch.eye(len(places), dtype=old.values.dtype)
+    cells = _Quantities(
+        "cell", score, tasks, places, old.values, new.values, _rise_error(old, new, every, same_samples)
+    )
 
-    # The heatmaps do not hold how cells vary together. Were they one and the same cell up to scale, the standard
-    # error of the mean would be the mean of the standard errors; it is never more.
     blocks = torch.tensor([block for _, _, block in places])
-    present = blocks.unique().tolist()
+    present = blocks.unique()
+    shares = (blocks == present[:, None]).to(every)
+    shares /= shares.sum(dim=1, keepdim=True)
     means = _Quantities(
-        "block mean", score, tasks, [(-1, -1, block) for block in present],
-        *(
-            torch.stack([values[blocks == block].mean() for block in present])
-            for values in (old, new, torch.hypot(*(_means(errors, blocks) for errors in (old_error, new_error))))
-        ),
+        "block mean", score, tasks, [(-1, -1, block) for block in present.tolist()],
+        shares @ old.values, shares @ new.values, _rise_error(old, new, shares, same_samples),
     )  # fmt: skip
 
-    # The variance of a maximum is at most the largest variance (Gaussian Poincare inequality).
+    # The variance of a maximum is at most the largest variance (Gaussian Poincare inequality). Where the maximum
+    # moves from cell to cell, what samples have in common need not cancel.
     sign = -1 if SCORES[score].falling else 1
-    at_old, at_new = (int((sign * values).argmax()) for values in (old, new))
+    at_old, at_new = (int((sign * one.values).argmax()) for one in (old, new))
     maximum = _Quantities(
-        "maximum", score, tasks, [places[at_new]], old[at_old : at_old + 1], new[at_new : at_new + 1],
-        torch.hypot(old_error.max(), new_error.max()).unsqueeze(0),
+        "maximum", score, tasks, [places[at_new]],
+        old.values[at_old : at_old + 1], new.values[at_new : at_new + 1],
+        torch.hypot(old.errors.max(), new.errors.max()).unsqueeze(0),
     )  # fmt: skip
     return [cells, means, maximum]
 
 
-def _means(errors: Tensor, blocks: Tensor) -> Tensor:
-    """Mean over the cells of each cell's own block."""
-    result = torch.empty_like(errors)
-    for block in blocks.unique():
-        result[blocks == block] = errors[blocks == block].mean()
-    return result
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """The judged cells of one pair and score of one heatmap."""
+
+    values: Float[Tensor, cell]
+    errors: Float[Tensor, cell]
+    replicates: Float[Tensor, "group cell"] | None
+
+
+def _cells(
+    heatmap: InterferenceHeatmap,
+    score: str,
+    pair: tuple[int, int],
+    measured: Bool[Tensor, "layer head block"],
+) -> _Cells:
+    replicates = heatmap.replicates.get(score)
+    return _Cells(
+        heatmap.scores[score][pair][measured],
+        heatmap.standard_errors[score][pair][measured],
+        None if replicates is None else replicates[:, pair[0], pair[1]][:, measured],
+    )
+
+
+def _rise_error(
+    old: _Cells, new: _Cells, weights: Float[Tensor, "quantity cell"], same_samples: bool
+) -> Float[Tensor, quantity]:
+    """Standard error of the rise of weighted means of the cells."""
+    if same_samples and old.replicates is not None and new.replicates is not None:
+        error = jackknife_error((new.replicates - old.replicates) @ weights.T)
+    else:
+        error = torch.hypot(*(_mean_error(one, weights) for one in (old, new)))
+    return error.clamp(min=ROUNDING * float(torch.stack([old.values, new.values]).abs().max()))
+
+
+def _mean_error(cells: _Cells, weights: Float[Tensor, "quantity cell"]) -> Float[Tensor, quantity]:
+    if cells.replicates is not None:
+        return jackknife_error(cells.replicates @ weights.T)
+    # How cells vary together is not known. Were they one and the same cell up to scale, the standard error of the
+    # mean would be the mean of the standard errors; it is never more.
+    return weights @ cells.errors
 
 
 def _decide(
     judged: Sequence[_Quantities],
     baseline: InterferenceHeatmap,
     num_samples: tuple[int, int],
+    same_samples: bool,
     freedom: int,
     scores: tuple[str, ...],
     tolerance: float,
@@ -298,4 +354,5 @@ def _decide(
         tolerance=tolerance,
         alpha=alpha,
         num_samples=num_samples,
+        same_samples=same_samples,
     )

@@ -128,6 +128,8 @@ class InterferenceHeatmap:
         epoch: Epoch, from 0.
         pairs: Sample pairs of the hottest cells, hottest first.
         notes: Facts about the run that the numbers rest on (dropped steps, unreadable files, ...).
+        replicates: Values by score name without each group of samples, from which the standard errors were made;
+            empty where they were made in another way.
     """
 
     tasks: tuple[str, ...]
@@ -139,6 +141,9 @@ class InterferenceHeatmap:
     epoch: int = 0
     pairs: tuple[SamplePair, ...] = ()
     notes: Mapping[str, Any] = field(default_factory=dict)
+    replicates: Mapping[str, Float[Tensor, "group task_a task_b layer head block"]] = field(
+        default_factory=dict
+    )
 
     @property
     def num_layers(self) -> int:
@@ -294,6 +299,7 @@ class InterferenceHeatmap:
             "standard_errors": {name: _to_nested(values) for name, values in self.standard_errors.items()},
             "pairs": [vars(pair) for pair in self.pairs],
             "notes": dict(self.notes),
+            "replicates": {name: _to_nested(values) for name, values in self.replicates.items()},
             "summaries": [self.summary(a, b) for a, b in self.task_pairs],
         }
         return json.dumps(data, allow_nan=False, ensure_ascii=False)
@@ -338,6 +344,7 @@ class InterferenceHeatmap:
                 epoch=int(data["epoch"]),
                 pairs=tuple(SamplePair(**pair) for pair in data["pairs"]),
                 notes=data["notes"],
+                replicates={name: _from_nested(v) for name, v in data.get("replicates", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error

@@ -20,8 +20,11 @@ from qkov_lightning.measurement import _ProjectionGradients
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import Projection, num_heads, num_layers
 
+DIGITS = 6
+"""Significant digits of a replicate, so that a file of them stays small: far more than a standard error has."""
 
-def jackknife_errors(
+
+def jackknife_replicates(
     cache: GradientCache,
     projections: Sequence[Projection],
     tasks: Sequence[str],
@@ -33,12 +36,8 @@ def jackknife_errors(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
-) -> dict[str, Float[Tensor, "task_a task_b layer head block"]]:
-    r"""Standard error of every cell, with the Fisher estimated from the same samples.
-
-    .. math:: s^2 = \frac{G - 1}{G} \sum_{g=1}^{G} (\theta_{-g} - \bar\theta)^2
-
-    with :math:`\theta_{-g}` the score without the g-th group of every task's samples (Quenouille 1949, Tukey 1958).
+) -> dict[str, Float[Tensor, "group task_a task_b layer head block"]]:
+    """Every cell without each group of every task's samples, with the Fisher estimated from the rest.
 
     Args:
         cache: The samples.
@@ -53,7 +52,7 @@ def jackknife_errors(
         world_size: Number of processes.
 
     Returns:
-        Standard errors by score, with ``num_groups - 1`` degrees of freedom.
+        Replicates by score, to six significant digits.
 
     Raises:
         ValueError: If there are fewer than two groups.
@@ -90,7 +89,17 @@ def jackknife_errors(
                 block=projection.block,
             )
     results = [metric.compute() for metric in metrics]
-    return {score: _spread(torch.stack([result[score].cpu() for result in results])) for score in SCORES}
+    return {score: _rounded(torch.stack([result[score].cpu() for result in results])) for score in SCORES}
+
+
+def jackknife_error(replicates: Float[Tensor, group * quantity]) -> Float[Tensor, "*quantity"]:
+    r"""Standard error of a quantity, with one degree of freedom less than there are groups.
+
+    .. math:: s^2 = \frac{G - 1}{G} \sum_{g=1}^{G} (\theta_{-g} - \bar\theta)^2
+
+    with :math:`\theta_{-g}` the quantity without the g-th group of samples (Quenouille 1949, Tukey 1958).
+    """
+    return (replicates.var(dim=0, correction=0) * (len(replicates) - 1)).sqrt()
 
 
 def _groups(names: Sequence[str], num_groups: int) -> Int[Tensor, sample]:
@@ -128,5 +137,8 @@ def _sums(
     return sums.unflatten(0, (num_tasks, num_groups)), counts.view(num_tasks, num_groups)
 
 
-def _spread(values: Float[Tensor, group * cell]) -> Float[Tensor, "*cell"]:
-    return (values.var(dim=0, correction=0) * (len(values) - 1)).sqrt()
+def _rounded(values: Float[Tensor, "*cell"]) -> Float[Tensor, "*cell"]:
+    """The numbers with ``DIGITS`` significant digits that are nearest."""
+    magnitude = values.abs().clamp(min=torch.finfo(values.dtype).tiny).log10().floor()
+    scale = 10.0 ** (DIGITS - 1 - magnitude).clamp(max=300)
+    return (values * scale).round() / scale

@@ -6,15 +6,17 @@ Two measurements of one checkpoint on one machine are bit-identical.
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
 from qkov_lightning.interference import STEP_SIZE, UpdateDirection
-from qkov_lightning.jackknife import jackknife_errors
+from qkov_lightning.jackknife import jackknife_error, jackknife_replicates
 from qkov_lightning.measurement import Agree, measure_interference, raise_alone
 from qkov_lightning.projections import Projection
 from qkov_lightning.rehearsal import Loss, rehearsing, to_device, training_loss
@@ -69,7 +71,8 @@ def probe_interference(
 
     The Fisher is the plain mean over the probe's samples of each task, then the mean over the tasks. Gradients wait
     in a temporary folder, so that the probe need not fit into memory. Standard errors come from leaving groups of
-    samples out, so that they hold for heavy-tailed gradients, too.
+    samples out, so that they hold for heavy-tailed gradients, too. The notes hold a fingerprint of the batches: two
+    heatmaps of the same samples are compared group by group.
 
     Args:
         model: Holds the attention layers.
@@ -105,6 +108,7 @@ def probe_interference(
     device = next(model.parameters()).device
     seen: Counter[tuple[str, str]] = Counter()
     failure: CacheError | None = None
+    fingerprint = hashlib.sha256()
     with (
         tempfile.TemporaryDirectory(prefix="qkov-probe-") as directory,
         rehearsing(model, evaluation=True),
@@ -112,6 +116,7 @@ def probe_interference(
         cache = GradientCache(directory, max_samples_per_task=NO_LIMIT, max_bytes=NO_LIMIT)
         with GradientCapture(model, projections, loss_reduction) as capture, torch.enable_grad():
             for index, batch in enumerate(_batches(probe)):
+                _fingerprint(batch, fingerprint.update)
                 batch = to_device(model, batch, device)
                 capture.start()
                 value = step_loss(model, batch)
@@ -152,7 +157,7 @@ def probe_interference(
             groups = min(MAX_GROUPS, *heatmap.samples_per_task.values())
             if groups < 2:
                 return heatmap
-            errors = jackknife_errors(
+            replicates = jackknife_replicates(
                 cache,
                 projections,
                 heatmap.tasks,
@@ -164,7 +169,12 @@ def probe_interference(
                 rank=rank,
                 world_size=world_size,
             )
-    return replace(heatmap, standard_errors=errors, notes={**heatmap.notes, "degrees_of_freedom": groups - 1})
+    return replace(
+        heatmap,
+        standard_errors={score: jackknife_error(values) for score, values in replicates.items()},
+        replicates=replicates,
+        notes={**heatmap.notes, "degrees_of_freedom": groups - 1, "samples": fingerprint.hexdigest()[:16]},
+    )
 
 
 def find_probe(probe: str | Probe, *owners: object) -> Probe:
@@ -244,6 +254,27 @@ def _batches(probe: Probe) -> Iterator[Any]:
         finally:
             if generator is not None:
                 generator.set_state(state)
+
+
+def _fingerprint(value: Any, update: Callable[[bytes], None]) -> None:
+    """Feed a hash with every tensor, array, text and number of a batch, and where it lies."""
+    if isinstance(value, Tensor):
+        update(f"{value.dtype}{tuple(value.shape)}".encode())
+        update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            update(repr(key).encode())
+            _fingerprint(item, update)
+    elif isinstance(value, (list, tuple)):
+        update(f"{len(value)}".encode())
+        for item in value:
+            _fingerprint(item, update)
+    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
+        update(repr(value).encode())
+    else:
+        _fingerprint(getattr(value, "__dict__", None), update)
 
 
 def _check_loss(value: object, index: int) -> None:

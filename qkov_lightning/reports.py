@@ -179,9 +179,10 @@ def _left_out(report: DriftReport) -> list[str]:
 
 
 def _conditions(report: DriftReport) -> str:
+    which = "the same samples" if report.same_samples else "other samples"
     return (
         f"Tolerance {report.tolerance:g}, false alarms at most {report.alpha:.0%}, smallest task: "
-        f"{report.num_samples[0]} samples in the baseline, {report.num_samples[1]} now."
+        f"{report.num_samples[0]} samples in the baseline, {report.num_samples[1]} now ({which})."
     )
 
 

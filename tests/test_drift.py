@@ -320,3 +320,87 @@ def test_a_heatmap_can_say_that_its_standard_errors_have_fewer_degrees_of_freedo
     raw = stats.t.sf(1.0 / math.hypot(0.1, 0.1), df=7)
     surest = (*report.findings, *report.nearest)[0]
     assert surest.p_value == pytest.approx(raw * report.num_tests, rel=1e-9)
+
+
+def with_replicates(heatmap: InterferenceHeatmap, noise: dict, samples: str | None) -> InterferenceHeatmap:
+    """Values and replicates that share ``noise``: per group of samples, as a jackknife of a mean would see it."""
+    scores, replicates, errors = {}, {}, {}
+    for name, values in heatmap.scores.items():
+        groups = noise[name]
+        scores[name] = values + groups.mean(dim=0)
+        replicates[name] = values + (groups.sum(dim=0) - groups) / (len(groups) - 1)
+        errors[name] = groups.std(dim=0) / len(groups) ** 0.5 + 0 * values
+    notes = {"samples": samples, "degrees_of_freedom": len(noise["cosine"]) - 1}
+    return replace(heatmap, scores=scores, standard_errors=errors, replicates=replicates, notes=notes)
+
+
+def noise_of(seed: int, size: float, shared_by_all_cells: bool = False) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (16, *make_heatmap().scores["relative"].shape)
+    shape = (16, 1, 1, 1, 1, 1) if shared_by_all_cells else shape
+    return {
+        name: (size * torch.randn(shape, generator=generator, dtype=torch.float64)).expand(
+            16, *make_heatmap().scores["relative"].shape
+        )
+        for name in ("interference", "relative", "cosine")
+    }
+
+
+def test_what_the_same_samples_have_in_common_cancels() -> None:
+    """Noise of 0.25 a cell, of which all but 0.01 belongs to the samples, hides a rise of 0.3 from other samples."""
+    baseline = make_heatmap()
+    worse = changed(baseline, "relative", (0, 1, 1, 3, 3), 0.3)
+    noise, jitter = noise_of(1, 1.0), noise_of(2, 0.04)
+    both = {name: noise[name] + jitter[name] for name in noise}
+    old = with_replicates(baseline, noise, "a")
+    report = check_drift(old, with_replicates(worse, both, "a"))
+    assert report.same_samples
+    assert [cell.name for cell in report.cells] == ["L1.H3.O"]
+    difference = jitter["relative"][:, 0, 1, 1, 3, 3]
+    assert report.cells[0].standard_error == pytest.approx(float(difference.std() / 4))
+    for samples in ("b", None):
+        other = check_drift(old, with_replicates(worse, both, samples))
+        assert not other.same_samples
+        assert not other.drifted
+    unknown = with_replicates(baseline, noise, None), with_replicates(worse, both, None)
+    assert not check_drift(*unknown).same_samples
+
+
+def test_groups_of_other_sizes_are_not_compared_one_by_one() -> None:
+    noise = noise_of(1, 1.0)
+    fewer = {name: values[:8] for name, values in noise.items()}
+    pair = with_replicates(make_heatmap(), noise, "a"), with_replicates(make_heatmap(), fewer, "a")
+    assert not check_drift(*pair).same_samples
+
+
+def test_the_mean_of_a_block_is_as_sure_as_its_replicates_say() -> None:
+    """Noise that all cells share does not average out; noise of each cell's own does."""
+    for shared, expected in ((True, 1.0), (False, 1 / math.sqrt(LAYERS * HEADS))):
+        old, new = (
+            with_replicates(make_heatmap(), noise_of(seed, 0.4, shared), name)
+            for seed, name in ((1, "a"), (2, "b"))
+        )
+        raised = changed(new, "relative", (slice(None),), 9.0)
+        findings = check_drift(old, raised, scores=["relative"]).findings
+        means = [one.standard_error for one in findings if (one.kind, one.block) == ("block mean", "Q")]
+        cells = [one.standard_error for one in findings if (one.kind, one.block) == ("cell", "Q")]
+        assert len(means) == 6
+        found = sum(means) / len(means)
+        assert found == pytest.approx(expected * sum(cells) / len(cells), rel=0.2)
+
+
+def test_a_rise_within_rounding_is_no_drift_though_samples_are_the_same() -> None:
+    baseline = with_replicates(make_heatmap(), noise_of(1, 0.2), "a")
+    rounded = changed(baseline, "relative", (slice(None),), 1e-7)
+    assert not check_drift(baseline, rounded, tolerance=0.0).drifted
+
+
+def test_a_replicate_without_data_is_never_no_drift() -> None:
+    baseline = with_replicates(make_heatmap(), noise_of(1, 0.2), "a")
+    replicates = {name: values.clone() for name, values in baseline.replicates.items()}
+    replicates["relative"][3, 0, 1, 0, 0, 0] = math.nan
+    with pytest.raises(NotComparableError, match="The current heatmap has no data for 'relative' in 1 of"):
+        check_drift(baseline, replace(baseline, replicates=replicates))
+    replicates["relative"] = replicates["relative"][:, :, :, :1]
+    with pytest.raises(NotComparableError, match="replicates of 'relative' in shape"):
+        check_drift(baseline, replace(baseline, replicates=replicates))

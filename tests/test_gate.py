@@ -235,3 +235,12 @@ def test_a_long_report_says_how_much_it_leaves_out() -> None:
     assert len(report.findings) == 2 * (32 + 4 + 1)
     for text in (as_text(report, ""), as_markdown(report, "")):
         assert "and 24 more" in text
+
+
+def test_a_report_says_whether_the_samples_were_the_same() -> None:
+    notes = {"samples": "f00d"}
+    replicates = {name: torch.ones(4, *SHAPE, dtype=torch.float64) for name in ("relative", "cosine")}
+    same = replace(make_heatmap(), notes=notes, replicates=replicates)
+    assert "32 samples in the baseline, 32 now (the same samples)." in as_text(check_drift(same, same), "")
+    other = replace(same, notes={"samples": "beef"})
+    assert "32 now (other samples)." in as_markdown(check_drift(same, other), "")

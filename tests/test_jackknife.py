@@ -8,7 +8,7 @@ import torch
 from qkov_lightning import GradientCache, Projection, contiguous_heads, head_interference
 from qkov_lightning.capture import CapturedStep, GradientFactors
 from qkov_lightning.interference import SCORES
-from qkov_lightning.jackknife import jackknife_errors
+from qkov_lightning.jackknife import jackknife_error, jackknife_replicates
 from qkov_lightning.samples import Samples
 
 TASKS = ["code", "math", "code", "math", "math", "code", "code", "math", "math", "code", "code", "math"]
@@ -37,7 +37,7 @@ def test_errors_are_those_of_scores_taken_without_each_group_and_with_the_fisher
     tmp_path: Path,
 ) -> None:
     cache, gradients = filled_cache(tmp_path)
-    errors = jackknife_errors(cache, [PROJECTION], ["code", "math"], num_groups=3)
+    replicates = jackknife_replicates(cache, [PROJECTION], ["code", "math"], num_groups=3)
     numbers = [TASKS[:i].count(task) % 3 for i, task in enumerate(TASKS)]
     for score in SCORES:
         left_out = []
@@ -49,7 +49,18 @@ def test_errors_are_those_of_scores_taken_without_each_group_and_with_the_fisher
             left_out.append(head_interference(rest, names, (means[0] + means[1]) / 2)["code", "math"][score])
         values = torch.stack(left_out)
         expected = ((values - values.mean(dim=0)).square().sum(dim=0) * 2 / 3).sqrt()
-        torch.testing.assert_close(errors[score][0, 1, 0, :, 0], expected, rtol=1e-9, atol=1e-12)
+        found = replicates[score][:, 0, 1, 0, :, 0]
+        torch.testing.assert_close(found, values, rtol=5e-6, atol=0)  # six digits
+        # A standard error is made of differences between replicates, which lose a digit or two.
+        torch.testing.assert_close(jackknife_error(found), expected, rtol=1e-4, atol=0)
+
+
+def test_a_replicate_has_six_digits_in_a_file(tmp_path: Path) -> None:
+    cache, _ = filled_cache(tmp_path)
+    replicates = jackknife_replicates(cache, [PROJECTION], ["code", "math"], num_groups=3)
+    for values in replicates.values():
+        for value in values[:, :, :, 0, :, 0].flatten().tolist():
+            assert value == float(f"{value:.5e}")
 
 
 def test_appending_to_a_step_adds_to_it(tmp_path: Path) -> None:
@@ -60,10 +71,10 @@ def test_appending_to_a_step_adds_to_it(tmp_path: Path) -> None:
 def test_a_cell_that_was_not_measured_has_no_error(tmp_path: Path) -> None:
     cache, _ = filled_cache(tmp_path)
     other = Projection("attention.k_proj", 0, "attention", "K", contiguous_heads(2, 3))
-    errors = jackknife_errors(cache, [PROJECTION, other], ["code", "math"], num_groups=3)
-    assert bool(errors["relative"][..., 1:].isnan().all())
+    replicates = jackknife_replicates(cache, [PROJECTION, other], ["code", "math"], num_groups=3)
+    assert bool(jackknife_error(replicates["relative"])[..., 1:].isnan().all())
 
 
 def test_one_group_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_groups is 1, expected at least 2"):
-        jackknife_errors(GradientCache(tmp_path), [PROJECTION], ["code", "math"], num_groups=1)
+        jackknife_replicates(GradientCache(tmp_path), [PROJECTION], ["code", "math"], num_groups=1)

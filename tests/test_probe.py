@@ -13,7 +13,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from qkov_lightning import InterferenceMonitor, find_projections, head_interference, probe_interference
+from qkov_lightning import (
+    InterferenceHeatmap,
+    InterferenceMonitor,
+    find_projections,
+    head_interference,
+    probe_interference,
+)
+from qkov_lightning.jackknife import jackknife_error
 from qkov_lightning.projections import BLOCKS
 from qkov_lightning.rehearsal import _fixed_randomness
 
@@ -150,6 +157,32 @@ def test_two_measurements_of_one_checkpoint_are_bit_identical() -> None:
     third = probe_interference(restored.train(), loader(make_samples()))
     assert same(first, second)
     assert same(first, third)
+
+
+def test_the_same_samples_are_known_by_their_content() -> None:
+    """Not by their identifiers, which may be running numbers, nor by the weights."""
+
+    def fingerprint(samples: list[dict], model: Model | None = None) -> str:
+        return probe_interference(model or Model(), loader(samples)).notes["samples"]
+
+    expected = fingerprint(make_samples())
+    assert fingerprint(make_samples(), Model()) == expected
+    for key, other in {"x": torch.zeros(5, WIDTH), "y": torch.ones(()), "sample_id": "other"}.items():
+        samples = make_samples()
+        samples[3] = {**samples[3], key: other}
+        assert fingerprint(samples) != expected
+    assert fingerprint(make_samples()[::-1]) != expected
+
+
+def test_standard_errors_are_those_of_the_replicates() -> None:
+    heatmap = probe_interference(Model(), loader(make_samples()))
+    for score, values in heatmap.replicates.items():
+        assert len(values) == heatmap.notes["degrees_of_freedom"] + 1
+        torch.testing.assert_close(jackknife_error(values), heatmap.standard_errors[score], equal_nan=True)
+    restored = InterferenceHeatmap.from_json(heatmap.to_json())
+    assert same(heatmap, restored)
+    for score, values in heatmap.replicates.items():
+        torch.testing.assert_close(restored.replicates[score], values, rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_of_the_model_or_the_run_changes() -> None:
