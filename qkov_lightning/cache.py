@@ -8,7 +8,7 @@ import shutil
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,6 +69,10 @@ class CacheRecord:
                         raise CacheError(f"Cache file {self.path}: tensor {key} does not match its checksum.")
         except (OSError, SafetensorError) as error:
             raise CacheError(f"Cache file {self.path} cannot be read: {error}") from error
+        if not _fits(parts, len(self.samples)):
+            raise CacheError(
+                f"Cache file {self.path}: the tensors of {module_name!r} do not fit its {len(self.samples)} samples."
+            )
         return DenseGradients(**parts) if "gradient" in parts else GradientFactors(**parts)
 
 
@@ -282,6 +286,24 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
+def _fits(parts: Mapping[str, Tensor], num_samples: int) -> bool:
+    """Whether tensors that someone else may have written are what they are said to be."""
+    if set(parts) == {"gradient"}:
+        return parts["gradient"].ndim == 3 and len(parts["gradient"]) == num_samples
+    if set(parts) != {"activation", "grad_output", "offsets"}:
+        return False
+    activation, grad_output, offsets = (parts[part] for part in ("activation", "grad_output", "offsets"))
+    return (
+        activation.ndim == grad_output.ndim == 2
+        and len(activation) == len(grad_output)
+        and offsets.dtype == torch.int64
+        and offsets.shape == (num_samples + 1,)
+        and bool(offsets[0] == 0)
+        and bool(offsets[-1] == len(activation))
+        and bool((offsets.diff() >= 0).all())
+    )
+
+
 def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
     """Tensors and header of one record: per module factors or dense gradients, whichever is smaller."""
     sharing: dict[int, list[str]] = {}
@@ -345,15 +367,22 @@ def _open(path: Path) -> CacheRecord:
             header = json.loads(file.metadata()["qkov"])
         if header["schema"] != SCHEMA_VERSION:
             raise CacheError(f"Cache file {path} has schema {header['schema']}, expected {SCHEMA_VERSION}.")
-        return CacheRecord(
+        record = CacheRecord(
             path=path,
             step=int(header["step"]),
             rank=int(header["rank"]),
-            samples=Samples(tuple(header["tasks"]), tuple(header["ids"])),
+            samples=Samples(tuple(map(str, header["tasks"])), tuple(map(str, header["ids"]))),
             scales=torch.tensor(header["scales"], dtype=torch.float64),
             modules=header["modules"],
             checksums=header["crc32"],
             num_bytes=path.stat().st_size,
         )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        if not len(record.samples.tasks) == len(record.samples.ids) == len(record.scales) > 0:
+            raise CacheError(
+                f"Cache file {path} is not a whole record: expected one task, identifier and scale per sample."
+            )
+        if not all(key in record.checksums for parts in record.modules.values() for key in parts.values()):
+            raise CacheError(f"Cache file {path} is not a whole record: a tensor has no checksum.")
+        return record
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CacheError(f"Cache file {path} is not a whole record: {error}") from error

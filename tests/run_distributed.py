@@ -123,6 +123,7 @@ MODES: dict[str, dict[str, Any]] = {
     "one process": {"sizes": ALL},
     "ddp": {"sizes": EVEN},
     "uneven": {"sizes": UNEVEN},
+    "ddp, accumulating": {"sizes": EVEN, "accumulate": 4},
     "fsdp": {"sizes": EVEN, "sharded": True},
     "fsdp, uneven": {"sizes": UNEVEN, "sharded": True},
     "one layer, one process": {"sizes": ALL, "layers": 1},
@@ -155,6 +156,7 @@ def fit(
     layers: int = 2,
     sharded: bool = False,
     split: int = 1,
+    accumulate: int = 1,
     learning_rate: float = 0.0,
     monitor: bool = True,
     meddler: Callable[[InterferenceMonitor, Path], Callback] | None = None,
@@ -169,7 +171,13 @@ def fit(
         strategy = ModelParallelStrategy(**sizes_of_mesh, timeout=timeout)
     module = InOrder(sizes, layers, sharded, learning_rate=learning_rate)
     fit = trainer(
-        root, *callbacks, max_epochs=2, use_distributed_sampler=False, strategy=strategy, devices=len(sizes)
+        root,
+        *callbacks,
+        max_epochs=2,
+        use_distributed_sampler=False,
+        strategy=strategy,
+        devices=len(sizes),
+        accumulate_grad_batches=accumulate,
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

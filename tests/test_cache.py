@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qkov_lightning import CacheError, GradientCache
@@ -184,6 +188,72 @@ def _fails(record: object, name: str) -> bool:
     except CacheError as error:
         return "does not match its checksum" in str(error)
     return False
+
+
+Tamper = Callable[[dict[str, Any], dict[str, torch.Tensor]], object]
+
+
+def tamper(path: Path, change: Tamper) -> None:
+    """Write a record again, changed by someone who knows the format and its checksums."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["qkov"])
+    tensors = load_file(path)
+    change(header, tensors)
+    header["crc32"] |= {
+        key: zlib.crc32(t.contiguous().flatten().view(torch.uint8).numpy().data) for key, t in tensors.items()
+    }
+    save_file(tensors, path, {"qkov": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda header, _: header["tasks"].append("one too many"),
+        lambda header, _: header.update(scales=[4.0]),
+        lambda header, _: header.update(tasks=[], ids=[], scales=[]),
+        lambda header, _: header.update(scales="eval()"),
+        lambda header, _: header.update(modules=["q"]),
+        lambda header, _: header.update(modules={"q": {"activation": "elsewhere"}}),
+        lambda header, _: header.update(step="first"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_named_and_left_out(tmp_path: Path, change: Tamper) -> None:
+    GradientCache(tmp_path).append(0, [captured(["a", "b"])])
+    (path,) = tmp_path.glob("*.safetensors")
+    tamper(path, change)
+    with pytest.warns(UserWarning, match=rf"{path.name} is not a whole record"):
+        assert GradientCache(tmp_path).records() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda _, tensors: tensors.update({"offsets/0": torch.tensor([0, 2, 1_000_000_000])}),
+        lambda _, tensors: tensors.update({"offsets/0": torch.tensor([0, 5, 4])}),
+        lambda _, tensors: tensors.update({"offsets/0": torch.tensor([0, 4])}),
+        lambda _, tensors: tensors.update({"offsets/0": torch.tensor([0.0, 2.0, 4.0])}),
+        lambda _, tensors: tensors.update({"grad_output/q": torch.zeros(3, 8)}),
+        lambda _, tensors: tensors.update({"activation/0": torch.zeros(4)}),
+        lambda header, _: header["modules"]["q"].pop("offsets"),
+        lambda header, _: header["modules"].update(q={"gradient": "activation/0"}),
+    ],
+)
+def test_tensors_that_do_not_fit_the_samples_are_refused(tmp_path: Path, change: Tamper) -> None:
+    GradientCache(tmp_path).append(0, [captured(["a", "b"])])
+    (path,) = tmp_path.glob("*.safetensors")
+    tamper(path, change)
+    ((record, _),) = GradientCache(tmp_path).records()
+    with pytest.raises(CacheError, match="the tensors of 'q' do not fit its 2 samples"):
+        record.read("q")
+
+
+def test_a_header_that_promises_more_than_the_file_holds_allocates_nothing(tmp_path: Path) -> None:
+    """Eight terabytes by its header, a hundred bytes in truth."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": [2**41], "data_offsets": [0, 2**43]}}).encode()
+    path = tmp_path / "0000000000-00000-000.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.warns(UserWarning, match="is not a whole record"):
+        assert GradientCache(tmp_path).records() == []
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,11 @@ def test_uneven_batches_give_the_same_heatmap(runs: Runs) -> None:
     assert_same(runs.heatmap("one process"), runs.heatmap("uneven"))
 
 
+def test_accumulation_between_synchronisations_gives_the_same_heatmap(runs: Runs) -> None:
+    """Seven batches in windows of four: the gradients of most are not exchanged."""
+    assert_same(runs.heatmap("one process"), runs.heatmap("ddp, accumulating"))
+
+
 @pytest.mark.parametrize("mode", ["fsdp", "fsdp, uneven"])
 def test_a_fully_sharded_model_gives_the_same_heatmap(runs: Runs, mode: str) -> None:
     assert_same(runs.heatmap("one process"), runs.heatmap(mode))

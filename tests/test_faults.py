@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -257,6 +259,89 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(time, "time", lambda: now - 1e6 * torch.rand(()).item())
     trainer(tmp_path / "b", jumping).fit(Module(), loader(24))
     assert jumping.heatmap.to_json() == straight.heatmap.to_json()
+
+
+class Breaking(Module):
+    """Fails at a given moment, as user code or Ctrl-C may."""
+
+    def __init__(self, moment: str, error: type[BaseException]) -> None:
+        super().__init__()
+        self.moment, self.error = moment, error
+
+    def fail(self, moment: str) -> None:
+        if self.moment == moment:
+            raise self.error
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.fail("training step")
+        loss.register_hook(lambda _: self.fail("backward pass"))
+        return loss
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.fail("batch start")
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.fail("optimiser")
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self.fail("validation")
+
+
+def everything_that_hangs_on(module: Module) -> dict[str, object]:
+    return {
+        "hooks": [
+            (name, len(part._forward_hooks), len(part._forward_pre_hooks))
+            for name, part in module.named_modules()
+            if part._forward_hooks or part._forward_pre_hooks
+        ],
+        "threads": {thread.ident for thread in threading.enumerate()},
+        "function mode": torch.overrides._get_current_function_mode(),
+        "compiler": torch._dynamo.eval_frame._stance.stance,
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+    }
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "batch start",
+        "training step",
+        "backward pass",
+        "optimiser",
+        "validation",
+        "measurement",
+        "fast_dev_run",
+        "probe",
+    ],
+)
+def test_an_error_or_ctrl_c_leaves_no_hook_no_thread_and_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, error: type[BaseException]
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    module = Breaking("training step" if moment in {"fast_dev_run", "probe"} else moment, error)
+    before = everything_that_hangs_on(module)
+    settings: dict[str, Any] = {"fast_dev_run": True} if moment == "fast_dev_run" else {}
+    probe = None
+    if moment == "probe":  # which runs the training step in the middle of the validation
+        module.moment, probe = "nowhere", loader(8)
+
+    class Late(Callback):
+        def on_validation_start(self, *_: Any) -> None:
+            module.moment = "training step" if moment == "probe" else moment
+
+    if moment == "measurement":
+        monkeypatch.setattr(HeadInterference, "update", lambda *_, **__: module.fail("measurement"))
+    fit = trainer(tmp_path / "run", InterferenceMonitor(every_n_steps=1, probe=probe), Late(), **settings)
+    with pytest.raises((error, SystemExit)):
+        fit.fit(module, loader(8), loader(4))
+    assert everything_that_hangs_on(module) == before
+    assert list(temporary.iterdir()) == []
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 class Poisoned(Module):

@@ -425,6 +425,30 @@ def test_compiled_modules_are_captured_and_run_compiled_in_between(part: str, co
                 assert graphs, "steps that are not captured are compiled"
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("part", ["whole", "blocks"])
+def test_a_compiled_module_in_the_trainer_gives_the_heatmap(tmp_path: Path, part: str) -> None:
+    torch._dynamo.reset()
+    module, monitor = Module(learning_rate=0.0), InterferenceMonitor(every_n_steps=2)
+    graphs: list[int] = []
+
+    def backend(graph: nn.Module, example_inputs: list[Tensor]) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    fitted: Any = module
+    if part == "whole":
+        fitted = torch.compile(module, backend=backend)
+    else:
+        for layer in module.network.layers:
+            layer.compile(backend=backend)
+    trainer(tmp_path, monitor).fit(fitted, loader(24))
+    assert graphs, "batches that are not captured run compiled"
+    torch._dynamo.reset()
+    network = Module(learning_rate=0.0)
+    assert_heatmap_is(monitor.heatmap, expected_scores(network, 24, STEPS[::2]))
+
+
 # Training is not touched
 
 
