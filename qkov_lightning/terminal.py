@@ -36,7 +36,10 @@ def heatmap_panel(
     samples = heatmap.samples_per_task
     title = f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}"
     subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {_plain(a)} {samples[a]}, {_plain(b)} {samples[b]}"
-    legend = Text(f"{SHADES} is {scale.low:.3g} to {scale.high:.3g}   // no data   xx frozen", style="dim")
+    legend = Text(
+        f"{SHADES} is {scale.low:.3g} to {scale.high:.3g}: {scale.meaning}\n// no data   xx frozen",
+        style="dim",
+    )
     return Panel(
         Group(Columns(blocks, padding=(0, 3)), legend),
         title=title,
@@ -59,14 +62,22 @@ def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selec
     return table
 
 
-def pair_lines(
+def pairs_table(
     heatmap: InterferenceHeatmap, a: str, b: str, block: Block | None = None, top: int = 3
-) -> Text:
-    """The strongest sample pairs of a task pair, in words."""
+) -> Table:
+    """The strongest sample pairs of a task pair."""
     pairs = [
         pair for pair in heatmap.pairs if (pair.task_a, pair.task_b) == (a, b) and block in {None, pair.block}
     ]
-    return Text("\n".join(printable(str(pair)) for pair in pairs[:top]))
+    table = Table(title="Sample pairs that conflict most", title_justify="left", title_style="bold")
+    table.add_column(f"{_plain(a)} sample", overflow="fold")
+    table.add_column(f"{_plain(b)} sample", overflow="fold")
+    table.add_column("cell", no_wrap=True)
+    table.add_column("interference", justify="right", no_wrap=True)
+    for pair in pairs[:top]:
+        cell = f"L{pair.layer}.H{pair.head}.{pair.block}"
+        table.add_row(_plain(pair.sample_a), _plain(pair.sample_b), cell, f"{pair.value:.3g}")
+    return table
 
 
 def overview(heatmap: InterferenceHeatmap, selection: Selection | None = None) -> Group:
@@ -78,9 +89,9 @@ def overview(heatmap: InterferenceHeatmap, selection: Selection | None = None) -
         parts += [
             heatmap_panel(heatmap, a, b, selection.score, selection.block),
             hottest_table(heatmap, a, b, selection),
-            pair_lines(heatmap, a, b, selection.block),
-            "",
         ]
+        pairs = pairs_table(heatmap, a, b, selection.block)
+        parts += [pairs, ""] if pairs.row_count else [""]
     names = [printable(layer.name) for layer in heatmap.layers]
     parts.append(
         Text(
@@ -134,15 +145,15 @@ def _with_errors(heatmap: InterferenceHeatmap, cell: Cell) -> Iterator[str]:
 def plus_minus(value: float, error: float) -> str:
     """A value with its standard error, both to the first digit of the error.
 
-    >>> plus_minus(16.93, 12.4), plus_minus(0.53712, 0.0314), plus_minus(float("nan"), 1.0)
-    ('17 ± 12', '0.54 ± 0.03', 'no data')
+    >>> plus_minus(16.93, 12.4), plus_minus(0.53712, 0.0314), plus_minus(-0.01, 0.3), plus_minus(float("nan"), 1.0)
+    ('17 ± 12', '0.54 ± 0.03', '0.0 ± 0.3', 'no data')
     """
     if math.isnan(value):
         return "no data"
     if not error > 0 or not 1e-4 <= abs(value) < 1e5:
         return f"{value:.3g} ± {error:.1g}"
     decimals = max(0, -math.floor(math.log10(error)))
-    return f"{value:.{decimals}f} ± {error:.{decimals}f}"
+    return f"{round(value, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"  # no minus zero
 
 
 def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Block, scale: Scale) -> Text:
@@ -150,15 +161,16 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Bloc
     heads = max([1, *(layer.blocks[block].num_heads for layer in heatmap.layers if block in layer.blocks)])
     # Two characters are about as wide as high; with many heads one must do, to fit into 80 columns.
     width = 2 if heads <= 34 else 1
-    text = Text(f"   {block}\n", style="bold")
+    numbers = "".join(f"{head:<{8}}" for head in range(0, heads, 8 // width)).rstrip()
+    text = Text.assemble((f"{block:>2} ", "bold"), (f"{numbers}\n", "dim"))
     for index, layer in enumerate(heatmap.layers):
-        text.append(f"{index:>2} ", style="not bold dim")
+        text.append(f"{index:>2} ", style="dim")
         for head in range(heads):
             info = layer.blocks.get(block)
             if info is None or head >= info.num_heads:
                 text.append(" " * width)
             elif info.status == "frozen":
-                text.append("x" * width, style="not bold dim")
+                text.append("x" * width, style="dim")
             else:
                 character, style = _shade(float(values[index, head]), scale)
                 text.append(character * width, style)
@@ -169,7 +181,7 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Bloc
 
 def _shade(value: float, scale: Scale) -> tuple[str, str]:
     if math.isnan(value):
-        return "/", "not bold dim"
+        return "/", "dim"
     share = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low or 1.0)))
     red, green, blue, _ = (round(255 * part) for part in colormaps[scale.colormap](share))
     return SHADES[min(4, int(share * 5))], f"rgb({red},{green},{blue}) on grey11"

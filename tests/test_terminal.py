@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rich.progress import Progress, TaskID
 from synthetic import make_heatmap, train
 
 from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, cli
+from qkov_lightning.heatmap import SamplePair
 from qkov_lightning.tables import COLUMNS, cell_rows, metrics, select, write_tables
 from qkov_lightning.terminal import SHADES, heatmap_panel, overview
 
@@ -57,7 +59,29 @@ def test_no_data_frozen_and_no_such_head_look_different() -> None:
     lines = plain(heatmap_panel(make_heatmap(), "math", "code", block="Q"))
     assert lines[2].strip("│ ").split()[1][2:4] == "//"
     assert lines[3].strip("│ ").split()[1] == "xxxxxxxx"
-    assert "// no data   xx frozen" in lines[5]
+    assert "// no data   xx frozen" in lines[6]
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+def test_number_over_a_column_is_its_head(heads: int) -> None:
+    heatmap = make_heatmap(3, heads, heads)
+    lines = plain(heatmap_panel(heatmap, "math", "code", "relative", "O"))
+    width = 2 if heads <= 34 else 1
+    numbers = [(match.start(), int(match.group())) for match in re.finditer(r"\d+", lines[1])]
+    assert len(numbers) == heads * width // 8
+    shares = (heatmap.values("math", "code", "relative")[0, :, 3] / 2).tolist()
+    for column, head in numbers:
+        assert lines[2][column] == SHADES[int(shares[head] * 5)]
+
+
+def test_sample_pairs_are_named_even_where_an_identifier_is_longer_than_a_line() -> None:
+    heatmap = make_heatmap()
+    long = "/".join(f"part{i}" for i in range(30))
+    pairs = (SamplePair("math", long, "code", "[b]", 2, 1, "V", 7.25),)
+    lines = plain(overview(replace(heatmap, pairs=pairs)))
+    rows = [[part.strip() for part in line.split("│")[1:5]] for line in lines if line.count("│") == 5]
+    found = next(index for index, row in enumerate(rows) if row[1:] == ["[b]", "L2.H1.V", "7.25"])
+    assert "".join(row[0] for row in rows[found:])[: len(long)] == long
 
 
 @pytest.mark.parametrize("heads", [4, 16, 32, 64])
