@@ -7,26 +7,32 @@ against shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from qkov_lightning.conventions import (
+    BORROWS_KEYS_AND_VALUES,
     FUSED,
+    FUSED_NAMES,
     GATED_QUERY,
     HEAD_DIM,
     LATENT,
     LATENT_QUERIES,
-    MIXED_HEADS,
+    LINEAR_ATTENTION,
     NOT_SOFTMAX,
     NUM_HEADS,
     NUM_KV_HEADS,
     OUTPUT,
+    QUERY_GROUP,
     SEPARATE,
+    TILED_GROUPS,
     Placement,
     follows,
     in_blocks,
+    refusal,
 )
 from qkov_lightning.projections import BLOCKS, Block, Projection, check_unique, contiguous_heads
 
@@ -101,7 +107,7 @@ def find_projections(model: nn.Module) -> list[Projection]:
             continue
         if head_map is None:
             if _looks_like_attention(module):
-                suspects[name] = _unknown(name, module)
+                suspects[name] = f"{_unknown(name, module)} {_how_to_register(module)}"
             continue
         placed.add(name)
         if head_map:
@@ -158,24 +164,45 @@ def _recognise(model: nn.Module, name: str, module: nn.Module) -> HeadMap | None
             return _registered[cls.__name__](module)
     if isinstance(module, nn.MultiheadAttention):
         return _packed(name, module)
-    if any(hasattr(module, part) for part in NOT_SOFTMAX):
+    if next(module.children(), None) is None or _is_linear_attention(module):
         return None
-    if follows(module, MIXED_HEADS):
-        raise ArchitectureError(_unknown(name, module))
+    place = _placement(module)
+    if place is None:
+        return None
+    # Kimi Linear names its latent attention, which has a softmax, after itself.
+    reason = None if place is _latent else refusal(module)
+    if reason is not None:
+        raise ArchitectureError(
+            f"{_unknown(name, module, reason)} Leave such layers out: "
+            f'register_architecture("{type(module).__name__}", lambda attention: {{}})'
+        )
+    return place(model, name, module)
+
+
+def _placement(module: nn.Module) -> Callable[[nn.Module, str, nn.Module], HeadMap] | None:
+    """How to place an attention module, if the names of its parts are known."""
     if _is_linear(_child(module, LATENT)):
-        return _latent(model, name, module)
+        return _latent
     for names in SEPARATE:
         if all(_is_linear(_child(module, child)) for child in names):
-            return _separate(model, name, module, names)
+            return partial(_separate, names=names)
+        if _is_linear(_child(module, names[0])) and getattr(module, BORROWS_KEYS_AND_VALUES, False):
+            return partial(_separate, names=names[:1])
+        # A model whose keys are its values has the name of the value projection, but no module there.
+        if (
+            all(_is_linear(_child(module, child)) for child in names[:2])
+            and getattr(module, names[2], 0) is None
+        ):
+            return partial(_separate, names=names[:2])
     for leaf, child in module.named_children():
         for place, classes in FUSED:
             if _is_linear(child) and follows(module, classes, f".{leaf}"):
-                return _fused(model, name, module, leaf, place)
+                return partial(_fused, leaf=leaf, place=place)
     return None
 
 
-def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, str, str]) -> HeadMap:
-    rows_q, rows_k, rows_v = (linear_sizes(module.get_submodule(child))[1] for child in names)
+def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, ...]) -> HeadMap:
+    rows_q, *rows_kv = (linear_sizes(module.get_submodule(child))[1] for child in names)
     heads = _num_heads(model, name, module)
     output = _output(model, name, module)
     head_dim = _divide(name, names[0], rows_q, heads)
@@ -191,20 +218,29 @@ def _separate(model: nn.Module, name: str, module: nn.Module, names: tuple[str, 
         head_dim //= 2
     else:
         query = contiguous_heads(heads, head_dim)
-    kv_heads = _num_kv_heads(model, name, module, heads) or _divide(name, names[1], rows_k, head_dim)
-    if kv_heads * head_dim != rows_k or heads % kv_heads:
-        raise ArchitectureError(
-            f"Attention `{name}` ({type(module).__name__}): `{names[1]}` has {rows_k} rows, expected {kv_heads} "
-            f"key-value heads x {head_dim} = {kv_heads * head_dim}, and {kv_heads} to divide the {heads} query heads. "
-            + _how_to_register(module)
-        )
-    value_dim = _divide(name, names[2], rows_v, kv_heads)
-    return {
-        "Q": (names[0], query),
-        "K": (names[1], contiguous_heads(kv_heads, head_dim)),
-        "V": (names[2], contiguous_heads(kv_heads, value_dim)),
-        "O": (output, _output_heads(model, name, module, output, heads, value_dim)),
-    }
+    head_map: dict[Block, tuple[str, Tensor]] = {"Q": (names[0], query)}
+    value_dim = head_dim
+    if rows_kv:
+        rows_k = rows_kv[0]
+        kv_heads = _num_kv_heads(model, name, module, heads) or _divide(name, names[1], rows_k, head_dim)
+        if kv_heads * head_dim != rows_k or heads % kv_heads:
+            raise ArchitectureError(
+                f"Attention `{name}` ({type(module).__name__}): `{names[1]}` has {rows_k} rows, expected {kv_heads} "
+                f"key-value heads x {head_dim} = {kv_heads * head_dim}, and {kv_heads} to divide the {heads} query "
+                f"heads. {_how_to_register(module)}"
+            )
+        if kv_heads not in (1, heads) and follows(module, TILED_GROUPS):
+            raise ArchitectureError(
+                f"Attention `{name}` ({type(module).__name__}): each of {kv_heads} key-value heads serves every "
+                f"{kv_heads}th query head, expected {heads // kv_heads} query heads in a row. Use as many key-value "
+                f"heads as query heads, or leave the keys and values out. {_how_to_register(module)}"
+            )
+        head_map["K"] = (names[1], contiguous_heads(kv_heads, head_dim))
+    if rows_kv[1:]:
+        value_dim = _divide(name, names[2], rows_kv[1], kv_heads)
+        head_map["V"] = (names[2], contiguous_heads(kv_heads, value_dim))
+    head_map["O"] = (output, _output_heads(model, name, module, output, heads, value_dim))
+    return head_map
 
 
 def _packed(name: str, module: nn.MultiheadAttention) -> HeadMap:
@@ -226,7 +262,7 @@ def _latent(model: nn.Module, name: str, module: nn.Module) -> HeadMap:
         _declared(model, name, module, (a,)) for a in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     ]
     if query is None or None in sizes:
-        raise ArchitectureError(_unknown(name, module))
+        raise ArchitectureError(f"{_unknown(name, module)} {_how_to_register(module)}")
     key_dim, rotary_dim, value_dim = (size or 0 for size in sizes)
     for path, head_dim in ((query, key_dim + rotary_dim), (LATENT, key_dim + value_dim)):
         rows = linear_sizes(module.get_submodule(path))[1]
@@ -318,6 +354,9 @@ def _num_heads(model: nn.Module, name: str, module: nn.Module) -> int:
 
 def _num_kv_heads(model: nn.Module, name: str, module: nn.Module, heads: int) -> int | None:
     own = _first(module, NUM_KV_HEADS)
+    group = _first(module, QUERY_GROUP)
+    if own is None and group:
+        return heads // group
     config = _config(model, name)
     # Encoder and decoder may share a config that counts the heads of one of them only.
     return _first(config, NUM_KV_HEADS) if own is None and _first(config, NUM_HEADS) in (heads, None) else own
@@ -387,11 +426,17 @@ def linear_sizes(module: nn.Module) -> tuple[int, int]:
     return inputs, outputs
 
 
+def _is_linear_attention(module: nn.Module) -> bool:
+    return any(hasattr(module, part) for part in NOT_SOFTMAX) or follows(module, LINEAR_ATTENTION)
+
+
 def _looks_like_attention(module: nn.Module) -> bool:
-    linear = [child for child in module.children() if _is_linear(child)]
-    if any(hasattr(module, part) for part in NOT_SOFTMAX):
+    linear = [name for name, child in module.named_children() if _is_linear(child)]
+    if _is_linear_attention(module):
         return False
-    return "attention" in type(module).__name__.lower() and len(linear) >= 2
+    if any(name in FUSED_NAMES for name in linear):
+        return True
+    return any(word in type(module).__name__.lower() for word in ("attention", "attn")) and len(linear) >= 2
 
 
 def _linear_children(module: nn.Module) -> str:
@@ -403,16 +448,42 @@ def _linear_children(module: nn.Module) -> str:
     return ", ".join(found) + " (inputs, outputs)" if found else "no linear module"
 
 
-def _unknown(name: str, module: nn.Module) -> str:
+def _unknown(name: str, module: nn.Module, what: str = "an unknown layout") -> str:
     return (
-        f"Attention `{name}` ({type(module).__module__}.{type(module).__name__}) has an unknown layout; found "
-        f"{_linear_children(module)}. {_how_to_register(module)}"
+        f"Attention `{name}` ({type(module).__module__}.{type(module).__name__}) has {what}; found "
+        f"{_linear_children(module)}."
     )
 
 
 def _how_to_register(module: nn.Module) -> str:
+    """The line to write: complete for one fused projection and an output, else with places to fill in."""
+    heads = _first(module, NUM_HEADS)
+    linear = {
+        name: linear_sizes(child) for name, child in module.named_modules() if name and _is_linear(child)
+    }
+    fused = [
+        name
+        for name, (_, rows) in linear.items()
+        if heads and rows % (3 * heads) == 0 and name in FUSED_NAMES
+    ]
+    output = [name for name in linear if name in OUTPUT]
+    if heads and len(fused) == len(output) == 1:
+        head_dim = linear[fused[0]][1] // (3 * heads)
+        places = [
+            f'"{block}": ("{fused[0]}", contiguous_heads({heads}, {head_dim}, start={i * heads * head_dim}))'
+            for i, block in enumerate("QKV")
+        ]
+        places.append(f'"O": ("{output[0]}", contiguous_heads({heads}, {head_dim}))')
+        say = "If all queries come first, then all keys, then all values (verify_projections tells), write"
+    else:
+        places = [
+            '"Q": ("<module>", contiguous_heads(num_heads, head_dim))',
+            '"K": ...',
+            '"V": ...',
+            '"O": ...',
+        ]
+        say = "Say which features belong to each head"
     return (
-        "Say which features belong to each head (or return {} to leave such layers out): "
-        f'register_architecture("{type(module).__name__}", lambda attention: {{"Q": ("<module>", '
-        'contiguous_heads(num_heads, head_dim)), "K": ..., "V": ..., "O": ...})'
+        f"{say} (or return {{}} to leave such layers out): "
+        f'register_architecture("{type(module).__name__}", lambda attention: {{{", ".join(places)}}})'
     )

@@ -20,7 +20,7 @@ from qkov_lightning.capture import LossReduction
 from qkov_lightning.capture_check import verify_capture
 from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
-from qkov_lightning.inspection import describe, load_model, token_batch
+from qkov_lightning.inspection import describe, load_model, random_batch
 from qkov_lightning.probe import find_probe, load_weights, probe_interference
 from qkov_lightning.projections import Block
 from qkov_lightning.report import find_latest, find_step, load_history, write_report
@@ -244,7 +244,7 @@ def inspect(model: str, verify: bool = False, num_tokens: int = 512) -> None:
     Args:
         model: Import path ``package.module:function`` to a function that returns the model, or a local
             ``from_pretrained`` folder.
-        verify: Also prove on random tokens that each slice is the head that the model computes.
+        verify: Also prove on random tokens or images that each slice is the head that the model computes.
         num_tokens: Tokens of a sample, for the estimate of its size in the cache.
 
     Raises:
@@ -253,7 +253,7 @@ def inspect(model: str, verify: bool = False, num_tokens: int = 512) -> None:
     loaded = load_model(model)
     Console().print(describe(loaded, num_tokens))
     if verify:
-        verification = verify_projections(loaded, token_batch(loaded))
+        verification = verify_projections(loaded, random_batch(loaded))
         if not verification.passed:
             raise ValueError(str(verification))
         Console().print(str(verification))

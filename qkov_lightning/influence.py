@@ -204,7 +204,10 @@ class AttentionGraph:
         features = projection.head_features[head].to(self.context.device)
         part = self.context.detach()[..., features]
         direction = torch.randn_like(part)
-        # At a right angle to the context, or its length would carry the movement through a normalisation.
+        if len(features) >= 3:
+            part, direction = (t - t.mean(-1, keepdim=True) for t in (part, direction))
+        # At a right angle to the context, and of sum zero, or the length or the mean of the context would carry
+        # the movement through a normalisation.
         along = (direction * part).sum(-1, keepdim=True) / part.square().sum(-1, keepdim=True).clamp(
             min=1e-30
         )

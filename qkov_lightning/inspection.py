@@ -58,7 +58,7 @@ def describe(
     table.caption_justify = "left"
     table.caption = (
         f"{covered:,} of {total:,} parameters covered ({covered / max(total, 1):.0%}); a sample of {num_tokens} tokens "
-        f"takes about {cache_bytes_per_sample(model, num_tokens, placed) / 2**20:.1f} MiB in the cache"
+        f"takes about {_in_units(cache_bytes_per_sample(model, num_tokens, placed))} in the cache"
     )
     return table
 
@@ -81,6 +81,13 @@ def ranges(head_features: Tensor) -> str:
         ends = [*[i - 1 for i in starts[1:]], len(features) - 1]
         heads.append("+".join(f"{features[a]}-{features[b]}" for a, b in zip(starts, ends, strict=True)))
     return ", ".join(heads) + (", ..." if len(head_features) > 3 else "")
+
+
+def _in_units(num_bytes: int) -> str:
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.1f} {unit}"
+    return f"{num_bytes} bytes"
 
 
 def _modules(projections: Sequence[Projection]) -> dict[str, list[Projection]]:
@@ -145,6 +152,8 @@ def cache_bytes_per_sample(
 def _shared_by_all_heads(model: nn.Module, placed: Sequence[Projection], layer: int) -> list[str]:
     """Linear modules inside an attention that no head has a slice of (the latents of latent attention, say)."""
     names = [p.module_name for p in placed if p.layer == layer]
+    if any(isinstance(model.get_submodule(name), nn.MultiheadAttention) for name in names):
+        return []
     parents = [name.split(".")[:-1] for name in names]
     container = [parts[0] for parts in zip(*parents, strict=False) if len(set(parts)) == 1]
     attention = model.get_submodule(".".join(container))
@@ -186,21 +195,25 @@ def load_model(source: str) -> nn.Module:
     return model
 
 
-def token_batch(model: nn.Module, num_tokens: int = 8) -> dict[str, Tensor]:
-    """Two samples of random tokens, for models that take ``input_ids``.
+def random_batch(model: nn.Module, num_tokens: int = 8) -> dict[str, Tensor]:
+    """Two random samples, for models that take ``input_ids`` or ``pixel_values``.
 
     Raises:
-        ValueError: If the model says that it takes something else, or not how many tokens it knows.
+        ValueError: If the model says that it takes something else, or not how many tokens or pixels it knows.
     """
     config = next(_configs(model), None)
-    size = getattr(config, "vocab_size", None)
-    if not isinstance(size, int) or getattr(model, "main_input_name", "input_ids") != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} does not take tokens of a known number: verify it in Python with a sample of "
-            "yours, `verify_projections(model, batch)`."
-        )
+    takes = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(size, (2, num_tokens), generator=generator)
+    vocabulary, side = (getattr(config, name, None) for name in ("vocab_size", "image_size"))
+    if takes == "pixel_values" and isinstance(side, int):
+        channels = getattr(config, "num_channels", 3)
+        return {"pixel_values": torch.randn(2, channels, side, side, generator=generator)}
+    if takes != "input_ids" or not isinstance(vocabulary, int):
+        raise ValueError(
+            f"{type(model).__name__} takes neither tokens of a known number nor images of a known size: verify it in "
+            "Python with a sample of yours, `verify_projections(model, batch)`."
+        )
+    tokens = torch.randint(vocabulary, (2, num_tokens), generator=generator)
     encoder_decoder = getattr(config, "is_encoder_decoder", False)
     return {"input_ids": tokens, **({"decoder_input_ids": tokens} if encoder_decoder else {})}
 

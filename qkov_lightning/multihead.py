@@ -62,7 +62,7 @@ class MultiheadLinears(TorchFunctionMode):
                 return _open_attention(*args, **kwargs)
         output = func(*args, **kwargs)
         if func is functional.linear:
-            return self._linear(output, args[0], args[1])
+            return self._linear(output, *_arguments(args, kwargs))
         return output
 
     def _linear(self, output: Tensor, input: Tensor, weight: Tensor) -> Tensor:
@@ -75,3 +75,9 @@ class MultiheadLinears(TorchFunctionMode):
                 seen = self._on_linear(name, start // packed.shape[-1], activation, features)
                 return seen.transpose(0, 1).reshape(output.shape).contiguous()
         return output
+
+
+def _arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Input and weight of a call of ``functional.linear``, by position or by name."""
+    input, weight, *_ = (*args, *(kwargs[name] for name in ("input", "weight")[len(args) :]))
+    return input, weight

@@ -56,8 +56,8 @@ class Conv1D(nn.Module):
         return x @ self.weight + self.bias
 
 
-class FusedAttention(nn.Module):
-    """One projection for query, key and value, transposed or not."""
+class CausalSelfAttention(nn.Module):
+    """One projection for query, key and value, transposed or not; named as in nanoGPT."""
 
     def __init__(self, width: int = 12, heads: int = 3, conv: bool = True) -> None:
         super().__init__()

@@ -130,6 +130,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deberta-v2: no relative attention": PLAIN,
     "modernbert": {**PLAIN, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+    "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "vocab_size": 64},
+    "openai-gpt": GPT,
+    "imagegpt": GPT,
+    "gpt_neox_japanese": PLAIN,
     "clip_text_model": PLAIN,
     "vit": VISION,
     "dinov2": VISION,
@@ -182,6 +186,43 @@ def test_hybrids_have_rows_for_their_softmax_layers_only_and_gates_are_left_out(
     projections = assert_proven(model, {"input_ids": TOKENS})
     assert labels(projections) == ["layers.1.self_attn"]
     assert projections[0].head_features[1].tolist() == list(range(24, 36))
+
+
+def gemma(**settings: Any) -> nn.Module:
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    shared = {"layer_types": layer_types, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    return build(**{**GROUPED_12, **shared, "num_hidden_layers": 4, **settings})
+
+
+def blocks_of(projections: list[Projection]) -> list[str]:
+    """For each layer its blocks, and its key-value heads where it has keys."""
+    rows: dict[int, str] = {}
+    for p in projections:
+        rows[p.layer] = rows.get(p.layer, "") + p.block + (str(p.num_heads) if p.block == "K" else "")
+    return list(rows.values())
+
+
+def test_layers_that_borrow_keys_and_values_have_queries_and_outputs_of_their_own_only() -> None:
+    model = gemma(
+        family="gemma3n_text",
+        num_kv_shared_layers=2,
+        intermediate_size=[48] * 4,
+        activation_sparsity_pattern=[0.0] * 4,
+        laurel_rank=4,
+    )
+    assert blocks_of(assert_proven(model, {"input_ids": TOKENS})) == ["QK2VO", "QK2VO", "QO", "QO"]
+
+
+def test_a_projection_that_gives_keys_and_values_alike_is_one_block() -> None:
+    """Its full attention has other head counts and sizes than its sliding one, too."""
+    model = gemma(
+        family="gemma4_text",
+        num_kv_shared_layers=0,
+        attention_k_eq_v=True,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+    )
+    assert blocks_of(assert_proven(model, {"input_ids": TOKENS})) == ["QK2VO", "QK1O", "QK2VO", "QK1O"]
 
 
 def test_latent_attention_has_heads_of_different_sizes() -> None:
@@ -316,6 +357,30 @@ class Torchtune(Block):
         return self.output_proj(self.attend(*(t.unflatten(2, (-1, self.size)) for t in parts)))
 
 
+class VitPytorch(Block):
+    def add(self, width: int) -> None:
+        self.to_qkv = nn.Linear(width, 3 * self.heads * self.size, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(self.heads * self.size, width), nn.Dropout(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.to_qkv(x).chunk(3, -1)
+        return self.to_out(self.attend(*(t.unflatten(2, (self.heads, -1)) for t in parts)))
+
+
+class XTransformers(Block):
+    """Key-value head j serves the query heads j, j + n, j + 2n, ..."""
+
+    def add(self, width: int) -> None:
+        self.to_q = nn.Linear(width, self.heads * self.size, bias=False)
+        self.to_k, self.to_v = (nn.Linear(width, self.kv_heads * self.size, bias=False) for _ in range(2))
+        self.to_out = nn.Linear(self.heads * self.size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [p(x).unflatten(2, (-1, self.size)) for p in (self.to_q, self.to_k, self.to_v)]
+        group = self.heads // self.kv_heads
+        return self.to_out(self.attend(parts[0], *(t.repeat(1, 1, group, 1) for t in parts[1:])))
+
+
 def in_package(cls: type[nn.Module], module: str, name: str) -> type[nn.Module]:
     return type(name, (cls,), {"__module__": module})
 
@@ -329,6 +394,9 @@ def in_package(cls: type[nn.Module], module: str, name: str) -> type[nn.Module]:
         (LitGPT, "litgpt.model", "CausalSelfAttention", {"kv_heads": 2, "size": 12}),
         (LitGPT, "litgpt.model", "CausalSelfAttention", {"kv_heads": 1}),
         (Torchtune, "torchtune.modules.attention", "MultiHeadAttention", {"kv_heads": 2, "size": 12}),
+        (VitPytorch, "vit_pytorch.vit", "Attention", {"size": 12}),
+        (XTransformers, "x_transformers.x_transformers", "Attention", {"size": 12}),
+        (XTransformers, "x_transformers.x_transformers", "Attention", {"kv_heads": 1}),
     ],
 )
 def test_copies_of_other_packages_are_placed(
@@ -377,7 +445,7 @@ def test_fused_projections_of_unknown_order_are_refused() -> None:
         ({"head_dim": 16}, "`q_proj` has 32 rows, expected 4 heads x 16 = 64"),
         ({"output_proj": nn.Linear(40, 32)}, "`output_proj` has 40 columns, expected 4 heads x 8"),
         ({"output_proj": nn.Identity()}, "has no output projection: expected one of o_proj"),
-        ({"num_heads": None}, "the number of heads is unknown"),
+        ({"num_heads": None, "heads": None}, "the number of heads is unknown"),
     ],
 )
 def test_sizes_that_disagree_are_refused(change: dict[str, Any], message: str) -> None:
@@ -388,20 +456,108 @@ def test_sizes_that_disagree_are_refused(change: dict[str, Any], message: str) -
         find_projections(nn.Sequential(attention))
 
 
-@pytest.mark.parametrize("family", ["diffllama", "prophetnet"])
+@pytest.mark.parametrize(
+    ("cls", "module", "name"),
+    [
+        (NanoGPT, "somewhere", "SelfAttention"),
+        (NanoGPT, "somewhere", "Attention"),
+        (Timm, "timm.models.nest", "Attention"),  # the features of a head lie heads apart
+        (Timm, "timm.models.tiny_vit", "Attention"),  # query, key and value of each head lie together
+        (VitPytorch, "somewhere", "Attention"),
+        (Timm, "somewhere", "MHSA"),
+    ],
+)
+def test_the_name_of_a_fused_projection_is_no_evidence_of_its_order(
+    cls: type[nn.Module], module: str, name: str
+) -> None:
+    """Nor may such a layer be left out in silence because others could be placed."""
+    with pytest.raises(ArchitectureError, match=rf"Attention `1` \({module}.{name}\) has an unknown layout"):
+        find_projections(nn.Sequential(Torchtune(), in_package(cls, module, name)()))
+
+
+@pytest.mark.parametrize("family", ["diffllama", "prophetnet", "doge"])
 def test_heads_that_are_no_slices_are_refused_although_their_names_look_ordinary(family: str) -> None:
-    settings = GROUPED if family == "diffllama" else {**SPECIAL, "vocab_size": 64, "hidden_size": 32}
+    settings = {**SPECIAL, "vocab_size": 64, "hidden_size": 32} if family == "prophetnet" else GROUPED
     if family == "prophetnet":
         sizes = dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4)
         settings |= {**sizes, "num_encoder_layers": 1, "num_decoder_layers": 1}
-    with pytest.raises(ArchitectureError, match="has an unknown layout"):
+    with pytest.raises(ArchitectureError, match="has heads that are mixed with one another"):
         find_projections(build(family, **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("talking_heads", nn.Conv2d(4, 4, 1)),
+        ("pre_softmax_talking_heads", nn.Conv2d(4, 4, 1)),
+        ("reattn_weights", nn.Parameter(torch.randn(4, 4))),
+        ("lambda_q1", nn.Parameter(torch.randn(8))),
+    ],
+)
+def test_a_part_that_mixes_heads_is_refused(name: str, part: nn.Module | nn.Parameter) -> None:
+    attention = Torchtune()
+    setattr(attention, name, None)
+    assert len(find_projections(nn.Sequential(attention))) == 4
+    setattr(attention, name, part)
+    with pytest.raises(ArchitectureError, match="has heads that are mixed with one another"):
+        find_projections(nn.Sequential(attention))
+
+
+@pytest.mark.parametrize("name", ["LinearAttention", "MultiScaleRetention", "ChannelAttention"])
+def test_attention_that_says_it_has_no_softmax_over_tokens_is_refused(name: str) -> None:
+    with pytest.raises(ArchitectureError, match="has no softmax over tokens"):
+        find_projections(nn.Sequential(in_package(Torchtune, "somewhere", name)()))
+
+
+def test_attention_whose_processor_has_no_softmax_is_refused() -> None:
+    attention = XTransformers()
+    attention.processor = type("SanaLinearAttnProcessor2_0", (), {})()
+    with pytest.raises(ArchitectureError, match="has no softmax over tokens"):
+        find_projections(nn.Sequential(attention))
+
+
+def test_weights_that_are_used_without_their_module_are_refused() -> None:
+    with pytest.raises(ArchitectureError, match="uses without calling its projections, so that no gradient"):
+        find_projections(build("wavlm", **{**PLAIN, "num_conv_pos_embedding_groups": 2}))
+
+
+def test_key_value_heads_that_serve_every_nth_query_head_are_refused() -> None:
+    model = nn.Sequential(in_package(XTransformers, "x_transformers.x_transformers", "Attention")(kv_heads=2))
+    message = "each of 2 key-value heads serves every 2th query head, expected 2 query heads in a row"
+    with pytest.raises(ArchitectureError, match=message):
+        find_projections(model)
+    unnoticed = nn.Sequential(XTransformers(kv_heads=2))
+    failures = {str(cell) for cell in verify_projections(unnoticed, torch.randn(2, 5, 32)).failures}
+    assert "L0 H0 K (`0`): moves heads 0, 2 instead of heads 0, 1" in failures
+
+
+def test_what_the_module_says_of_its_groups_counts_more_than_the_config() -> None:
+    model = build("llama", **GROUPED)
+    attention = model.layers[1].self_attn
+    attention.k_proj, attention.v_proj = nn.Linear(32, 32), nn.Linear(32, 32)
+    with pytest.raises(ArchitectureError, match="`k_proj` has 32 rows, expected 2 key-value heads"):
+        find_projections(model)
+    attention.num_key_value_groups = 1
+    assert blocks_of(assert_proven(model, {"input_ids": TOKENS})) == ["QK2VO", "QK4VO"]
 
 
 def test_linear_attention_that_borrows_the_names_is_passed_over() -> None:
     mixer = Torchtune()
     mixer.conv1d = nn.Conv1d(32, 32, 4)
     assert labels(find_projections(nn.Sequential(mixer, Torchtune()))) == ["1"]
+
+
+def test_linear_attention_of_a_known_hybrid_is_passed_over() -> None:
+    layer_types = ["linear_attention", "full_attention"]
+    model = build("minimax", **GROUPED_12, **EXPERTS, layer_types=layer_types, block_size=4)
+    assert labels(assert_proven(model, {"input_ids": TOKENS})) == ["layers.1.self_attn"]
+
+
+def test_softmax_attention_of_a_hybrid_may_be_named_after_its_linear_one() -> None:
+    settings = {**LATENT, "q_lora_rank": None, "layer_types": ["linear_attention", "full_attention"]}
+    model = build("kimi_linear", **settings)
+    assert type(model.layers[1].self_attn).__name__ == "KimiLinearAttention"
+    assert labels(assert_proven(model, {"input_ids": TOKENS})) == ["layers.1.self_attn"]
 
 
 def test_a_model_without_attention_is_refused() -> None:
@@ -412,6 +568,33 @@ def test_a_model_without_attention_is_refused() -> None:
 @pytest.fixture
 def forget_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stage, "_registered", {})
+
+
+@pytest.mark.usefixtures("forget_registrations")
+def test_the_line_in_the_refusal_works_when_it_is_followed_and_the_proof_tells_whether_it_is_right() -> None:
+    class PerHead(Timm):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.proj(self.attend(*self.qkv(x).unflatten(2, (self.heads, -1)).chunk(3, -1)))
+
+    for cls, right in ((Timm, True), (PerHead, False)):
+        model = nn.Sequential(in_package(cls, "somewhere", f"{cls.__name__}Fused")())
+        with pytest.raises(ArchitectureError) as refusal:
+            find_projections(model)
+        line = str(refusal.value)[str(refusal.value).index("register_architecture(") :]
+        exec(line, {"register_architecture": register_architecture, "contiguous_heads": contiguous_heads})
+        assert verify_projections(model, torch.randn(2, 5, 32)).passed == right
+
+
+@pytest.mark.usefixtures("forget_registrations")
+def test_the_line_for_mixed_heads_leaves_them_out() -> None:
+    attention = in_package(Torchtune, "somewhere", "TalkingHeads")()
+    attention.talking_heads = nn.Conv2d(4, 4, 1)
+    model = nn.Sequential(attention, Torchtune())
+    with pytest.raises(ArchitectureError) as refusal:
+        find_projections(model)
+    line = str(refusal.value)[str(refusal.value).index("register_architecture(") :]
+    exec(line, {"register_architecture": register_architecture})
+    assert labels(find_projections(model)) == ["1"]
 
 
 @pytest.mark.usefixtures("forget_registrations")

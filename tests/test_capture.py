@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from models import Classifier, Conv1D, FusedAttention, GroupedAttention
+from models import CausalSelfAttention, Classifier, Conv1D, GroupedAttention
 from oracles import batch_of_one_gradients
 from torch import Tensor, nn
 from torch.nn import functional
@@ -64,8 +64,8 @@ def grouped(layers: int = 2, **kwargs: object) -> Classifier:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "grouped-query, head size and value size of their own": grouped,
     "no bias": lambda: grouped(bias=False),
-    "fused and transposed": lambda: Classifier([FusedAttention() for _ in range(2)], width=12).double(),
-    "fused linear": lambda: Classifier([FusedAttention(conv=False)], width=12).double(),
+    "fused and transposed": lambda: Classifier([CausalSelfAttention() for _ in range(2)], width=12).double(),
+    "fused linear": lambda: Classifier([CausalSelfAttention(conv=False)], width=12).double(),
     "one module in two places": lambda: Classifier([GroupedAttention()] * 2, width=10).double(),
 }
 
@@ -217,7 +217,7 @@ def test_heads_are_rows_of_q_k_v_and_columns_of_o() -> None:
 
 
 def test_dense_and_factored_sources_give_the_same_head_gradients() -> None:
-    model = Classifier([FusedAttention()], width=12).double()
+    model = Classifier([CausalSelfAttention()], width=12).double()
     (step,) = run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS))
     for projection in find_projections(model):
         factors = step.factors[projection.module_name]

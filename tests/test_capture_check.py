@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule
-from models import Classifier, FusedAttention, GroupedAttention
+from models import CausalSelfAttention, Classifier, GroupedAttention
 from modules import Module, loader, trainer
 from rich.console import Console
 from test_adapters import gpt2, lora
@@ -71,8 +71,8 @@ def check(model: nn.Module, **settings: Any) -> CaptureVerification:
     "build",
     [
         lambda: Classifier([GroupedAttention() for _ in range(2)], width=10),
-        lambda: Classifier([FusedAttention() for _ in range(2)], width=12),
-        lambda: Classifier([FusedAttention(conv=False)], width=12),
+        lambda: Classifier([CausalSelfAttention() for _ in range(2)], width=12),
+        lambda: Classifier([CausalSelfAttention(conv=False)], width=12),
         lambda: Classifier([Packed()], width=12),
         lambda: Classifier([GroupedAttention()] * 2, width=10),
     ],

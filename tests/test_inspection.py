@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from qkov_lightning import describe
 from qkov_lightning.architectures import find_projections
 from qkov_lightning.cli import main
-from qkov_lightning.inspection import cache_bytes_per_sample, covered_parameters, load_model, token_batch
+from qkov_lightning.inspection import cache_bytes_per_sample, covered_parameters, load_model, random_batch
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 
@@ -78,6 +78,13 @@ def test_what_all_heads_share_is_said_to_be_shared() -> None:
     assert "output 0-7, 14-21, 28-35, ..." in text
 
 
+def test_the_feed_forward_beside_a_packed_attention_is_none_of_its_parts() -> None:
+    text = text_of(nn.TransformerEncoderLayer(32, 4, 48))
+    assert "self_attn.out_proj" in text
+    assert "linear1" not in text
+    assert "takes about 16.0 KiB in the cache" in text
+
+
 def test_parameters_covered_are_the_weights_of_the_projections() -> None:
     model = llama()
     weights = [p for name, p in model.named_parameters() if "self_attn" in name]
@@ -120,10 +127,15 @@ def test_sources_that_give_no_model_are_refused(source: str, message: str) -> No
         load_model(source)
 
 
-def test_models_that_take_no_tokens_are_sent_to_python() -> None:
+def vit() -> nn.Module:
+    return AutoModel.from_config(AutoConfig.for_model("vit", **SIZES, image_size=8, patch_size=4))
+
+
+def test_models_that_take_neither_tokens_nor_images_are_sent_to_python() -> None:
     with pytest.raises(ValueError, match=r"verify_projections\(model, batch\)"):
-        token_batch(nn.MultiheadAttention(8, 2))
-    assert token_batch(llama())["input_ids"].shape == torch.Size([2, 8])
+        random_batch(nn.MultiheadAttention(8, 2))
+    assert random_batch(llama())["input_ids"].shape == torch.Size([2, 8])
+    assert random_batch(vit())["pixel_values"].shape == torch.Size([2, 3, 8, 8])
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -132,13 +144,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     main()
 
 
+@pytest.mark.parametrize(
+    ("make", "layer", "proven"),
+    [("llama", "layers.1.self_attn", "24 of 24"), ("vit", "layers.1.attention", "32 of 32")],
+)
 def test_inspect_prints_the_map_and_the_proof(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make: str, layer: str, proven: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(monkeypatch, "inspect", f"{__name__}:llama", "--verify", "true")
+    run(monkeypatch, "inspect", f"{__name__}:{make}", "--verify", "true")
     printed = capsys.readouterr().out
-    assert "layers.1.self_attn" in printed
-    assert "24 of 24 cells proven" in printed
+    assert layer in printed
+    assert f"{proven} cells proven" in printed
 
 
 def test_inspect_fails_where_the_map_is_wrong(

@@ -152,6 +152,22 @@ def test_other_function_modes_see_what_they_saw() -> None:
     assert functional.linear in seen
 
 
+def test_linear_maps_called_by_keyword_beside_attention_are_let_through() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+            self.other = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = functional.linear(input=x, weight=self.other.weight, bias=self.other.bias)
+            return functional.linear(self.attention(x, x, x)[0], weight=self.other.weight)
+
+    model, x = Beside(), torch.randn(3, 5, 16)
+    step = capture(model, lambda model: model(x).sum())
+    assert set(step.factors) == {"attention", "attention.out_proj"}
+
+
 def test_labels_that_disagree_with_the_sample_axis_are_refused() -> None:
     """Time first, labelled as if sample first."""
     model = nn.MultiheadAttention(16, 4, batch_first=False)

@@ -315,6 +315,30 @@ def test_a_normalisation_between_the_heads_and_the_output_projection_carries_not
     assert verify_projections(build("bitnet", num_key_value_heads=2), BATCH).passed
 
 
+class Normalised(Gated):
+    """A layer normalisation over all heads before the output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (p(x).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = parts
+        context = functional.scaled_dot_product_attention(query[..., :4], key, value)
+        return self.o_proj(self.norm(context.transpose(1, 2).flatten(-2)))
+
+
+def test_a_layer_normalisation_before_the_output_projection_carries_nothing_over() -> None:
+    """The mean of the heads must not move either."""
+    model, x = Normalised(), torch.randn(2, 5, 16)
+    right = gated_map(torch.arange(32).view(4, 8)[:, :4])
+    assert verify_projections(model, x, right).passed
+    wrong = changed(right, "O", lambda p: p.head_features.T.contiguous())
+    failures = verify_projections(model, x, wrong).failures
+    assert [(cell.projection.block, cell.head) for cell in failures] == [("O", head) for head in range(4)]
+
+
 def test_a_layer_that_runs_several_times_is_checked_each_time() -> None:
     model = build("albert", embedding_size=16)
     verification = verify_projections(model, BATCH)
