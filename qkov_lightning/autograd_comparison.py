@@ -49,7 +49,7 @@ class CaptureVerification:
         cells: One per layer, block and head.
         tolerance: Relative error up to which a cell passes.
         num_samples: Samples that were compared.
-        reasons: What explains the mismatch, if there is one.
+        reasons: What explains the mismatch, if there is one, and what could not be captured.
     """
 
     cells: tuple[CellError, ...]
@@ -248,6 +248,11 @@ class AutogradComparison:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", CaptureWarning)
                 steps = capture.finish(self._labels)
+        if not steps:
+            raise ValueError(
+                "No attention projection delivered a gradient: none takes part in the loss, or all are inside of reentrant "
+                "checkpoints, where `torch.autograd.grad` does not reach. Use `use_reentrant=False`, or no checkpoints here."
+            )
         if len(steps) != 1:
             raise ValueError(
                 f"The loss ran {len(steps)} forward passes with samples of their own that reached an attention projection, "

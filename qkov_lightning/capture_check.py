@@ -69,9 +69,8 @@ def verify_capture(
         if tolerance is None:
             tolerance = max(torch.finfo(dtype).eps for dtype in comparison.dtypes) ** 0.5
         verification = comparison.verification(placed, tolerance)
-        if not verification.passed:
-            verification = replace(verification, reasons=tuple(_reasons(check, comparison, tolerance)))
-    return verification
+        reasons = comparison.problems if verification.passed else _reasons(check, comparison, tolerance)
+        return replace(verification, reasons=tuple(reasons))
 
 
 def _reasons(check: AutogradComparison, comparison: Comparison, tolerance: float) -> Iterator[str]:

@@ -37,7 +37,8 @@ class InterferenceMonitor(Callback):
 
     Captures per-sample gradients of the attention projections from ordinary backward passes, and at each
     validation epoch (at each training epoch without validation) computes the interference of every ordered
-    pair of tasks in every layer, head and block. Training itself is bit-identical with and without it.
+    pair of tasks in every layer, head and block. Training itself is bit-identical with and without it. (Captured steps
+    of compiled modules run eagerly, with the rounding and the random numbers of eager execution.)
 
     The result goes to ``heatmap``, to scalars (``interference/<a>__<b>/max``, ...), to figures in the
     loggers, to the terminal beside the progress bar, and to ``<run>/interference/latest.json``.

@@ -15,12 +15,13 @@ from modules import Module, loader, trainer
 from rich.console import Console
 from test_adapters import gpt2, lora
 from test_capture import TARGETS, TOKENS, grouped
-from test_regimes import PACKED, SAMPLES, packed
+from test_regimes import PACKED, SAMPLES, Checkpointed, packed
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from qkov_lightning import CaptureVerification, verify_capture
+from qkov_lightning import CaptureVerification, task, verify_capture
 from qkov_lightning.cli import main
 from qkov_lightning.single_sample import take_sample
 
@@ -252,6 +253,39 @@ def test_a_model_whose_projections_are_all_frozen_is_refused() -> None:
     model.layers.requires_grad_(False)
     with pytest.raises(ValueError, match="All attention projections are frozen"):
         check(model)
+
+
+def test_reentrant_checkpoints_are_refused_or_named() -> None:
+    """``torch.autograd.grad`` does not go into them, and a backward pass would touch the gradients of the model."""
+    with pytest.raises(ValueError, match=r"reentrant checkpoints.*Use `use_reentrant=False`"):
+        check(without_dropout(Checkpointed(reentrant=True)))
+    assert check(without_dropout(Checkpointed(reentrant=False))).passed
+
+    class Half(Checkpointed):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            x = torch.tanh(x + checkpoint(self.layers[0], x, use_reentrant=True))
+            return self.head(self.layers[1](x).mean(dim=1))
+
+    verification = check(without_dropout(Half(reentrant=True)))
+    assert {cell.projection.layer for cell in verification.cells if cell.error is None} == {0}
+    assert_matches(r"`layers\.0\.q_proj`: it ran forward, but no gradient", verification.reasons[0])
+
+
+def without_dropout(model: Checkpointed) -> nn.Module:
+    model.dropout.p = 0.0
+    return model
+
+
+def test_two_forward_passes_with_tasks_of_their_own_are_refused() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with task("math"):
+            first = mean_loss(model, batch)
+        with task("code"):
+            return first + mean_loss(model, batch)
+
+    with pytest.raises(ValueError, match="The loss ran 2 forward passes with samples of their own"):
+        check(grouped(), loss=loss)
 
 
 def test_packed_samples_need_to_be_taken_apart_by_the_user() -> None:
