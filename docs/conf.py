@@ -49,6 +49,16 @@ def skip_hooks(app: Sphinx, what: str, name: str, obj: object, skip: bool, optio
     return True if owner == "InterferenceMonitor" and hasattr(Callback, name) else None
 
 
+def list_scores(app: Sphinx, document: str, source: list[str]) -> None:
+    """Give every score of the package a section, with the formula of its docstring."""
+    sections = (
+        f"## {name}\n\n```{{eval-rst}}\n.. autofunction:: {score.function.__module__}.{score.function.__name__}\n   :no-index:\n```\n"
+        for name, score in SCORES.items()
+    )
+    if document == "scores":
+        source[0] = source[0].replace("{{SCORES}}", "\n".join(sections))
+
+
 def hide_signature(
     app: Sphinx,
     what: str,
@@ -99,6 +109,7 @@ def visit_math(writer: HTML5Translator, node: nodes.Element) -> None:
 
 def setup(app: Sphinx) -> None:
     """Register what is above."""
+    app.connect("source-read", list_scores)
     app.connect("autodoc-skip-member", skip_hooks)
     app.connect("autodoc-process-signature", hide_signature)
     app.add_html_math_renderer("svg", (visit_math, None), (visit_math, None))

@@ -143,7 +143,7 @@ def interactive_heatmap(heatmap: InterferenceHeatmap, a: str, b: str) -> Any:
         plot_bgcolor="white",
         height=max(380, min(1400, 180 + 22 * heatmap.num_layers)),
         margin={"t": 110, "r": 30, "l": 60, "b": 55},
-        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1.12, "yanchor": "bottom"}],
+        updatemenus=[{"buttons": buttons, "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom", "pad": {"b": 28}}],
     )  # fmt: skip
     return figure
 

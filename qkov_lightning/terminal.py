@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from qkov_lightning.figures import score_scale
 from qkov_lightning.heatmap import Cell, InterferenceHeatmap, printable
 from qkov_lightning.projections import BLOCKS, Block
 from qkov_lightning.tables import Selection, select
+
+MAX_COLUMNS = 3
 
 SHADES = "·░▒▓█"
 """From the low end of the scale to the high one; a blank is no head at all."""
@@ -50,15 +52,16 @@ def heatmap_panel(
 
 
 def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selection) -> Table:
-    """The hottest selected cells of a task pair, with all scores and their standard errors."""
+    """The hottest selected cells of a task pair, with their scores and standard errors."""
     table = Table(
         title=f"Hottest cells: {_plain(b)} pushes on {_plain(a)}", title_justify="left", title_style="bold"
     )
-    table.add_column("cell")
-    for score in heatmap.scores:
-        table.add_column(score, justify="right")
+    table.add_column("cell", no_wrap=True)
+    scores = _tabled(heatmap, selection.score)
+    for score in scores:
+        table.add_column(score, justify="right", no_wrap=True)
     for cell in selection.cells(heatmap, a, b):
-        table.add_row(cell.name, *_with_errors(heatmap, cell))
+        table.add_row(cell.name, *_with_errors(heatmap, cell, scores))
     return table
 
 
@@ -111,7 +114,8 @@ def epoch_table(heatmap: InterferenceHeatmap) -> Table:
     )
     for column in ("pushes", "on", "hottest cell"):
         table.add_column(column)
-    for score in heatmap.scores:
+    scores = _tabled(heatmap)
+    for score in scores:
         table.add_column(score, justify="right")
     for a, b in heatmap.shown_pairs:
         cells = heatmap.cells(a, b)
@@ -119,7 +123,7 @@ def epoch_table(heatmap: InterferenceHeatmap) -> Table:
             counts = heatmap.samples_per_task
             table.add_row(_plain(b), _plain(a), f"no data ({counts[b]} and {counts[a]} samples)")
             continue
-        table.add_row(_plain(b), _plain(a), cells[0].name, *_with_errors(heatmap, cells[0]))
+        table.add_row(_plain(b), _plain(a), cells[0].name, *_with_errors(heatmap, cells[0], scores))
     return table
 
 
@@ -127,15 +131,20 @@ def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Sele
     """``hottest_table`` in Markdown."""
     header = ["cell", "layer", *heatmap.scores]
     rows = [
-        [cell.name, f"`{cell.layer_name}`", *_with_errors(heatmap, cell)]
+        [cell.name, f"`{cell.layer_name}`", *_with_errors(heatmap, cell, heatmap.scores)]
         for cell in selection.cells(heatmap, a, b)
     ]
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _with_errors(heatmap: InterferenceHeatmap, cell: Cell) -> Iterator[str]:
-    for score in heatmap.scores:
+def _tabled(heatmap: InterferenceHeatmap, chosen: str | None = None) -> list[str]:
+    """Scores that have a column in a table of 80 columns: the first three, and the chosen one."""
+    return [name for index, name in enumerate(heatmap.scores) if index < MAX_COLUMNS or name == chosen]
+
+
+def _with_errors(heatmap: InterferenceHeatmap, cell: Cell, scores: Iterable[str]) -> Iterator[str]:
+    for score in scores:
         at = (cell.layer, cell.head, BLOCKS.index(cell.block))
         value = float(heatmap.values(cell.task_a, cell.task_b, score)[at])
         error = float(heatmap.errors(cell.task_a, cell.task_b, score)[at])

@@ -15,8 +15,16 @@ from synthetic import make_heatmap, train
 
 from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, cli
 from qkov_lightning.heatmap import SamplePair
+from qkov_lightning.interference import SCORES
 from qkov_lightning.tables import COLUMNS, cell_rows, metrics, select, write_tables
-from qkov_lightning.terminal import SHADES, heatmap_panel, overview
+from qkov_lightning.terminal import (
+    SHADES,
+    epoch_table,
+    heatmap_panel,
+    hottest_table,
+    markdown_table,
+    overview,
+)
 
 
 def plain(renderable: RenderableType, width: int = 80) -> list[str]:
@@ -93,6 +101,34 @@ def test_everything_fits_into_80_columns(heads: int) -> None:
     rows = [line for line in text.splitlines() if line.startswith(("│ 11 ", "│  2 "))]
     cells = heads * (2 if heads <= 34 else 1)
     assert [len(row.strip("│ ").split()[1]) for row in rows] == [cells, cells]
+
+
+def test_tables_of_many_scores_hold_the_first_three_and_the_chosen_one_in_80_columns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heatmap = make_heatmap()
+    more = dict.fromkeys(("more_one", "more_two", "more_three"), heatmap.scores["relative"])
+    for name in more:
+        monkeypatch.setitem(SCORES, name, replace(SCORES["relative"], name=name))
+    heatmap = replace(
+        heatmap,
+        scores={**heatmap.scores, **more},
+        standard_errors={
+            **heatmap.standard_errors,
+            **dict.fromkeys(more, heatmap.standard_errors["relative"]),
+        },
+    )
+    for table, names in (
+        (epoch_table(heatmap), ["interference", "relative", "cosine"]),
+        (
+            hottest_table(heatmap, "math", "code", select(heatmap, score="more_two", top=2)),
+            ["interference", "relative", "cosine", "more_two"],
+        ),
+    ):
+        lines = plain(table)
+        assert max(map(len, lines)) <= 80
+        assert [name for name in heatmap.scores if f" {name} " in lines[2]] == names
+    assert "| more_three |" in markdown_table(heatmap, "math", "code", select(heatmap, top=2))
 
 
 def test_task_names_can_neither_break_the_line_nor_pass_for_markup() -> None:
