@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint calibration clean
 
 # torch first, pinned: see constraints.txt. The stamp keeps later calls quick.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,9 @@ lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+calibration: $(VENV)/.installed  ## Measure the gate's false alarms and power; draws examples/gate_calibration.png.
+	$(BIN)/python tests/benchmarks/gate_calibration.py
 
 clean:
 	rm -rf $(VENV) runs
