@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs calibration clean
 
 # torch first, pinned: see constraints.txt. The stamp keeps later calls quick.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,6 +33,9 @@ lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of
 
 docs: $(VENV)/.installed-docs  ## Build the documentation; open docs/_build/index.html.
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --fresh-env --write-all docs docs/_build
+
+calibration: $(VENV)/.installed  ## Measure the gate's false alarms and power; draws examples/gate_calibration.png.
+	$(BIN)/python tests/benchmarks/gate_calibration.py
 
 clean:
 	rm -rf $(VENV) runs docs/_build

@@ -14,7 +14,6 @@ from typing import Any, Literal, NoReturn
 from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
-from torch import Tensor, nn
 
 from qkov_lightning.capture import LossReduction
 from qkov_lightning.capture_check import verify_capture
@@ -83,7 +82,7 @@ def probe(
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     hook: str = "probe_dataloader",
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Callable[..., Any] | None = None,
     loss_reduction: LossReduction = "mean",
     task_of: str = "task",
     output: Path = Path("interference-probe.json"),
@@ -95,7 +94,7 @@ def probe(
         model: LightningModule with the arguments it was trained with (`--model my_module.MyModel --model.width 64`).
         data: LightningDataModule that has the samples.
         hook: Method of the data module (or the model) that returns their DataLoader.
-        loss: Function of the model and a batch; the model's `training_step` without it.
+        loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
         loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
         task_of: Batch key that gives the task of each sample.
         output: File to write.

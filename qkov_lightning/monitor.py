@@ -67,6 +67,7 @@ class InterferenceMonitor(Callback):
         projections: Head map; found by ``find_projections`` by default.
         probe: Samples to measure at the weights of the moment, instead of those that training happens to see: a
             DataLoader, or the name of the data module's method that returns one. See ``probe_interference``.
+        probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without it.
         name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
 
     Raises:
@@ -95,6 +96,7 @@ class InterferenceMonitor(Callback):
         num_hot_cells: int = 10,
         projections: Sequence[Projection] | None = None,
         probe: str | Probe | None = None,
+        probe_loss: Callable[..., Any] | None = None,
         name: str = "interference",
     ) -> None:
         _check(
@@ -138,6 +140,7 @@ class InterferenceMonitor(Callback):
         self.num_hot_cells = num_hot_cells
         self.projections = projections
         self.probe = probe
+        self.probe_loss = probe_loss
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
         self._capture: GradientCapture | None = None
@@ -296,6 +299,7 @@ class InterferenceMonitor(Callback):
             return probe_interference(
                 pl_module,
                 find_probe(probe, getattr(trainer, "datamodule", None), pl_module),
+                loss=self.probe_loss,
                 loss_reduction=self.loss_reduction,
                 task_of=self.task_of,
                 sample_id_of=self.sample_id_of,

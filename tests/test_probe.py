@@ -316,9 +316,11 @@ class Data(LightningDataModule):
         return loader(make_samples(16, seed=3))
 
 
-def fit(tmp_path: Path, *callbacks: object, epochs: int = 2) -> tuple[Model, Trainer]:
+def fit(
+    tmp_path: Path, *callbacks: object, epochs: int = 2, model: Model | None = None
+) -> tuple[Model, Trainer]:
     torch.manual_seed(0)
-    model = Model()
+    model = model or Model()
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
@@ -344,6 +346,30 @@ def test_the_monitor_measures_its_probe_at_the_weights_of_the_moment(
     assert monitor.heatmap.samples_per_task == {"code": 8, "math": 8}
     for score in expected.scores:
         assert torch.equal(monitor.heatmap.scores[score].nan_to_num(), expected.scores[score].nan_to_num())
+
+
+def test_the_monitor_takes_the_loss_of_a_module_that_steps_by_itself(tmp_path: Path) -> None:
+    """With manual optimisation ``training_step`` runs the optimiser: it cannot be the probe's loss."""
+
+    class Manual(Model):
+        automatic_optimization = False
+
+        def training_step(self, batch: dict, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward((self.predict(batch["x"]) - batch["y"]).square().mean())
+            optimizer.step()
+
+    def loss(model: Model, batch: dict) -> torch.Tensor:
+        return (model.predict(batch["x"]) - batch["y"]).square().mean()
+
+    monitor = InterferenceMonitor(probe="probe_dataloader", probe_loss=loss)
+    model, _ = fit(tmp_path, monitor, model=Manual())
+    expected = probe_interference(model, Data().probe_dataloader(), loss=loss)
+    assert monitor.heatmap is not None
+    assert torch.equal(monitor.heatmap.scores["relative"], expected.scores["relative"])
+    with pytest.raises(ValueError, match="Manual has no `training_step` that returns a loss"):
+        fit(tmp_path, InterferenceMonitor(probe="probe_dataloader"), model=Manual())
 
 
 def test_training_is_bit_identical_with_and_without_a_probe(tmp_path: Path) -> None:
