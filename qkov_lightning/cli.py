@@ -126,7 +126,7 @@ def verify(
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
     hook: str = "train_dataloader",
-    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    loss: Callable[..., Any] | None = None,
     loss_reduction: LossReduction = "mean",
 ) -> None:
     """Compare the captured gradients of a batch with those of each of its samples alone.
@@ -136,7 +136,7 @@ def verify(
         data: LightningDataModule whose first batch is taken; a few samples are enough.
         checkpoint: Checkpoint that Lightning wrote; the weights that the model starts with without it.
         hook: Method of the data module (or the model) that returns the DataLoader.
-        loss: Function of the model and a batch; the model's `training_step` without it.
+        loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
         loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
 
     Raises:
