@@ -56,17 +56,24 @@ class Stopwatch(Callback):
     """Seconds of every training step and of the measurement. Comes after the monitor."""
 
     def __init__(self) -> None:
-        self.steps: list[float] = []
+        self.steps: list[str] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self._start = time.perf_counter()
+        self._start()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.steps.append(time.perf_counter() - self._start)
-        self.end_of_steps = time.perf_counter()
+        self.steps.append(self._elapsed())
+        self._start()
 
     def on_train_epoch_end(self, *_: Any) -> None:
-        self.measurement = time.perf_counter() - self.end_of_steps
+        self.measurement = self._elapsed()
+
+    def _start(self) -> None:
+        self._wall, self._processor = time.perf_counter(), time.process_time()
+
+    def _elapsed(self) -> str:
+        wall, processor = time.perf_counter() - self._wall, time.process_time() - self._processor
+        return f"{wall:.1f} s ({processor:.1f} s of processor time)"
 
 
 def samples(num_samples: int, num_tokens: int) -> list[dict]:
@@ -109,9 +116,9 @@ def main() -> None:
     files = list(Path(monitor.state_dict()["cache"]).glob("*.safetensors"))
     num_bytes = sum(file.stat().st_size for file in files)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights, {arguments.precision}")
-    print(f"training steps of {arguments.batch_size} x {arguments.tokens} tokens, captured: "
-          f"{', '.join(f'{seconds:.1f}' for seconds in stopwatch.steps)} s")  # fmt: skip
-    print(f"heatmap over {len(windows)} samples, drawn and saved: {stopwatch.measurement:.0f} s")
+    print(f"last of {len(stopwatch.steps)} training steps, {arguments.batch_size} x {arguments.tokens} tokens, captured: "
+          f"{stopwatch.steps[-1]}")  # fmt: skip
+    print(f"heatmap over {len(windows)} samples, drawn and saved: {stopwatch.measurement}")
     print(f"cache: {num_bytes / len(windows) / 1e6:.2f} MB a sample")
     print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     for a, b in heatmap.task_pairs:
