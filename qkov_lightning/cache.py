@@ -54,19 +54,33 @@ class CacheRecord:
     checksums: dict[str, int]
     num_bytes: int
 
-    def read(self, module_name: str) -> GradientFactors | DenseGradients:
+    def read(
+        self, module_name: str, verified: set[tuple[Path, str]] | None = None
+    ) -> GradientFactors | DenseGradients:
         """Gradients of one module, from disk.
+
+        Args:
+            module_name: The module.
+            verified: Tensors whose checksums were right before and are not computed again. Those of this
+                call are added.
+
+        Returns:
+            Factors or gradients, mapped from the file rather than copied into memory.
 
         Raises:
             CacheError: If the file is gone, truncated, or its contents do not match their checksum.
         """
         parts = {}
+        verified = set() if verified is None else verified
         try:
             with safe_open(self.path, framework="pt") as file:
                 for part, key in self.modules[module_name].items():
                     parts[part] = file.get_tensor(key)
+                    if (self.path, key) in verified:
+                        continue
                     if _checksum(parts[part]) != self.checksums[key]:
                         raise CacheError(f"Cache file {self.path}: tensor {key} does not match its checksum.")
+                    verified.add((self.path, key))
         except (OSError, SafetensorError) as error:
             raise CacheError(f"Cache file {self.path} cannot be read: {error}") from error
         return DenseGradients(**parts) if "gradient" in parts else GradientFactors(**parts)

@@ -102,6 +102,21 @@ class EmpiricalFisher:
             raise ValueError("The Fisher has seen no sample yet: call update first.")
         return torch.stack([self.estimate(task) for task in self.tasks]).mean(dim=0)
 
+    def part(self, heads: slice) -> EmpiricalFisher:
+        """The Fisher of some heads, if the first axis of the weights is the head; a copy."""
+        part = EmpiricalFisher(self.decay)
+        part._num_steps = dict(self._num_steps)
+        part._average = {task: average[heads].clone() for task, average in self._average.items()}
+        return part
+
+    @classmethod
+    def joined(cls, parts: Sequence[EmpiricalFisher]) -> EmpiricalFisher:
+        """Inverse of ``part``, for parts that have seen the same steps."""
+        whole = cls(parts[0].decay)
+        whole._num_steps = dict(parts[0]._num_steps)
+        whole._average = {task: torch.cat([part._average[task] for part in parts]) for task in parts[0].tasks}
+        return whole
+
     def save(self, path: Path) -> None:
         """Write to a safetensors file, completely or not at all.
 

@@ -39,12 +39,15 @@ def _per_sample(
 
 
 def _outer_products(
-    left: Float[Tensor, "token left"], right: Float[Tensor, "token right"], offsets: Int[Tensor, edge]
+    left: Float[Tensor, "token left"],
+    right: Float[Tensor, "token right"],
+    offsets: Int[Tensor, edge],
+    out: Float[Tensor, "sample left right"] | None = None,
 ) -> Float[Tensor, "sample left right"]:
     lengths = offsets.diff().tolist()
     dtype = _compute_dtype(torch.promote_types(left.dtype, right.dtype))
     left_time = _per_sample(left.to(dtype), lengths)
-    return left_time.transpose(1, 2) @ _per_sample(right.to(dtype), lengths)
+    return torch.bmm(left_time.transpose(1, 2), _per_sample(right.to(dtype), lengths), out=out)
 
 
 def dense_gradients(factors: GradientFactors) -> DenseGradients:
@@ -69,22 +72,24 @@ def select_samples(
     return GradientFactors(source.activation[tokens], source.grad_output[tokens], offsets - offsets[0])
 
 
-def head_gradients(
+def owned_part(
     source: GradientFactors | DenseGradients,
     projection: Projection,
     sample_scale: Float[Tensor, sample],
-) -> Float[Tensor, "sample head weight"]:
-    """Per-sample gradient of every weight that the heads own.
+    device: torch.device | str = "cpu",
+) -> GradientFactors | DenseGradients:
+    """What the heads own of a module, ready for arithmetic.
 
     Args:
         source: What the cache holds for the module of ``projection``.
         projection: Says which features the heads own.
         sample_scale: Factor that undoes loss averaging, accumulation and gradient scaling; applied
             in float32 or better, before anything is squared.
+        device: Where the arithmetic runs.
 
     Returns:
-        Gradients of each sample's own loss, in loss per unit of weight. The weights of a head are
-        ordered (own feature, feature of the other side), for Q, K, V and O alike.
+        Factors or gradients of each sample's own loss, in float32 or better. The heads' side comes first:
+        ``grad_output`` holds the heads' own features, ``activation`` those of the other side, also for O.
 
     Raises:
         ValueError: If the projection names a feature that the module does not have.
@@ -99,16 +104,54 @@ def head_gradients(
         )
     if isinstance(source, DenseGradients):
         own_axis = 2 if projection.block == "O" else 1
-        gradient = source.gradient.index_select(own_axis, flat.to(source.gradient.device))
+        gradient = source.gradient.index_select(own_axis, flat.to(source.gradient.device)).to(device)
         gradient = gradient.transpose(1, 2) if projection.block == "O" else gradient
-    else:
-        own, other = source.grad_output, source.activation
-        if projection.block == "O":
-            own, other = other, own
-        gradient = _outer_products(own.index_select(1, flat.to(own.device)), other, source.offsets)
-    gradient = gradient.to(_compute_dtype(gradient.dtype))
-    gradient = gradient * sample_scale.to(gradient)[:, None, None]
-    return gradient.reshape(gradient.shape[0], projection.num_heads, -1)
+        gradient = gradient.to(_compute_dtype(gradient.dtype))
+        return DenseGradients(gradient * sample_scale.to(gradient)[:, None, None])
+    own, other = source.grad_output, source.activation
+    if projection.block == "O":
+        own, other = other, own
+    dtype = _compute_dtype(torch.promote_types(own.dtype, other.dtype))
+    own = own.index_select(1, flat.to(own.device)).to(device).to(dtype)
+    scale = sample_scale.repeat_interleave(source.offsets.diff().cpu()).to(own)
+    return GradientFactors(other.to(device).to(dtype), own * scale[:, None], source.offsets)
+
+
+def head_gradients(
+    source: GradientFactors | DenseGradients,
+    projection: Projection,
+    sample_scale: Float[Tensor, sample],
+) -> Float[Tensor, "sample head weight"]:
+    """Per-sample gradient of every weight that the heads own.
+
+    Args:
+        source: What the cache holds for the module of ``projection``.
+        projection: Says which features the heads own.
+        sample_scale: Factor that undoes loss averaging, accumulation and gradient scaling.
+
+    Returns:
+        Gradients of each sample's own loss, in loss per unit of weight. The weights of a head are
+        ordered (own feature, feature of the other side), for Q, K, V and O alike.
+
+    Raises:
+        ValueError: If the projection names a feature that the module does not have.
+    """
+    gradient = owned_gradients(owned_part(source, projection, sample_scale))
+    return gradient.reshape(len(gradient), projection.num_heads, -1)
+
+
+def owned_gradients(
+    part: GradientFactors | DenseGradients, out: Float[Tensor, "sample own other"] | None = None
+) -> Float[Tensor, "sample own other"]:
+    """Gradients of an ``owned_part``, written to ``out`` if there is one."""
+    if isinstance(part, DenseGradients):
+        return part.gradient if out is None else out.copy_(part.gradient)
+    return _outer_products(part.grad_output, part.activation, part.offsets, out)
+
+
+def num_other_features(part: GradientFactors | DenseGradients) -> int:
+    """Features on the side of the module that the heads do not own, of an ``owned_part``."""
+    return (part.gradient if isinstance(part, DenseGradients) else part.activation).shape[-1]
 
 
 def _axis_size(source: GradientFactors | DenseGradients, projection: Projection) -> int:

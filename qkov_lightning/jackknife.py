@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qkov_lightning.cache import GradientCache
 from qkov_lightning.interference import SCORES
-from qkov_lightning.measurement import _ProjectionGradients
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import Projection, num_heads, num_layers
+from qkov_lightning.streaming import CacheReader, HeadGradients, head_gradients_of
 
 
 def jackknife_errors(
@@ -60,29 +60,28 @@ def jackknife_errors(
         HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
         for _ in range(num_groups)
     ]
-    records = [record for record, _ in cache.records()]
+    reader = CacheReader([record for record, _ in cache.records()], device)
     for projection in projections:
         if projection.layer % world_size != rank:
             continue
-        gradients = _ProjectionGradients(projection, records, torch.device(device))
-        names = [name for record in gradients.records for name in record.samples.tasks]
-        if not names:
-            continue
-        indices = torch.tensor([tasks.index(name) for name in names], device=device)
-        groups = _groups(names, num_groups).to(device)
-        sums, counts = _sums(gradients, indices, groups, len(tasks), num_groups)
-        for group, metric in enumerate(metrics):
-            others = torch.arange(num_groups, device=device) != group
-            kept = counts[:, others].sum(dim=1).clamp(min=1)
-            present = counts.sum(dim=1) > 0
-            fisher = sums[:, others].sum(dim=1) / kept[:, None, None]
-            metric.update(
-                gradients,
-                indices.masked_fill(groups == group, -1),
-                fisher[present].mean(dim=0),
-                layer=projection.layer,
-                block=projection.block,
-            )
+        for gradients in head_gradients_of(reader, projection):
+            names = [name for record in gradients.records for name in record.samples.tasks]
+            indices = torch.tensor([tasks.index(name) for name in names], device=device)
+            groups = _groups(names, num_groups).to(device)
+            sums, counts = _sums(gradients, indices, groups, len(tasks), num_groups)
+            for group, metric in enumerate(metrics):
+                others = torch.arange(num_groups, device=device) != group
+                kept = counts[:, others].sum(dim=1).clamp(min=1)
+                present = counts.sum(dim=1) > 0
+                fisher = sums[:, others].sum(dim=1) / kept[:, None, None]
+                metric.update(
+                    gradients,
+                    indices.masked_fill(groups == group, -1),
+                    fisher[present].mean(dim=0),
+                    layer=projection.layer,
+                    block=projection.block,
+                    first_head=gradients.heads.start,
+                )
     results = [metric.compute() for metric in metrics]
     return {score: _spread(torch.stack([result[score].cpu() for result in results])) for score in SCORES}
 
@@ -98,7 +97,7 @@ def _groups(names: Sequence[str], num_groups: int) -> Int[Tensor, sample]:
 
 
 def _sums(
-    gradients: _ProjectionGradients,
+    gradients: HeadGradients,
     indices: Int[Tensor, sample],
     groups: Int[Tensor, sample],
     num_tasks: int,

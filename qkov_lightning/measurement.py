@@ -1,11 +1,8 @@
-"""From the cache to a heatmap: one streamed pass, one projection in memory at a time."""
+"""From the cache to a heatmap: the Fisher, the scores, and the sample pairs of the hottest cells."""
 
 from __future__ import annotations
 
-import itertools
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +14,12 @@ from torch import Tensor, nn
 from qkov_lightning.cache import CacheError, CacheRecord, GradientCache
 from qkov_lightning.capture import is_trainable
 from qkov_lightning.fisher import EmpiricalFisher
-from qkov_lightning.gradients import head_gradients, select_samples
-from qkov_lightning.heatmap import BlockInfo, InterferenceHeatmap, Layer, SamplePair, Status
-from qkov_lightning.interference import SCORES, sample_pairs
+from qkov_lightning.gradients import owned_gradients
+from qkov_lightning.heatmap import BlockInfo, Cell, InterferenceHeatmap, Layer, SamplePair, Status
+from qkov_lightning.interference import SCORES, damped, sample_pairs
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import BLOCKS, Projection, num_heads, num_layers
-
-CHUNK_BYTES = 32 * 2**20
-"""Per-sample gradients made at once: small enough for the processor's caches."""
-
-KEEP_BYTES = 512 * 2**20
-"""Gradients of one projection are kept between passes up to this size, and made again beyond it."""
+from qkov_lightning.streaming import HELD_BYTES, CacheReader, HeadGradients, head_gradients_of, restricted
 
 PAIRS_PER_CELL = 3
 
@@ -35,52 +27,6 @@ MAX_CELLS = 20_000_000
 """Values of one score in a heatmap: 100 tasks at 28 layers x 16 heads."""
 
 Gather = Callable[[list[SamplePair]], list[SamplePair]]
-
-
-class _ProjectionGradients:
-    """Per-sample gradients of one projection over many records: chunks of samples, readable many times."""
-
-    def __init__(self, projection: Projection, records: Sequence[CacheRecord], device: torch.device) -> None:
-        self._projection = projection
-        self._device = device
-        self.records = [record for record in records if self._is_readable(record)]
-        self._kept: list[tuple[CacheRecord, slice, Tensor]] | None = None
-
-    def _is_readable(self, record: CacheRecord) -> bool:
-        if self._projection.module_name not in record.modules:
-            return False
-        try:
-            record.read(self._projection.module_name)
-        except CacheError as error:
-            warnings.warn(f"{error} Its samples are left out.", stacklevel=5)
-            return False
-        return True
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (chunk for _, _, chunk in self.chunks())
-
-    def chunks(self) -> Iterator[tuple[CacheRecord, slice, Float[Tensor, "sample head weight"]]]:
-        """Chunks with the record and the samples that they hold, oldest first."""
-        if self._kept is not None:
-            yield from self._kept
-            return
-        made: list[tuple[CacheRecord, slice, Tensor]] = []
-        num_bytes = 0
-        for record in self.records:
-            source = record.read(self._projection.module_name)
-            size, start = 1, 0
-            while start < len(record.samples):
-                samples = slice(start, min(start + size, len(record.samples)))
-                part = select_samples(source, samples.start, samples.stop)
-                chunk = head_gradients(part, self._projection, record.scales[samples]).to(self._device)
-                start = samples.stop
-                size = max(1, CHUNK_BYTES // max(1, chunk[0].nbytes))
-                num_bytes += chunk.nbytes
-                if num_bytes <= KEEP_BYTES:
-                    made.append((record, samples, chunk))
-                yield record, samples, chunk
-        if num_bytes <= KEEP_BYTES:
-            self._kept = made
 
 
 def measure_interference(
@@ -147,14 +93,28 @@ def measure_interference(
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), damping).to(device)
     fisher_directory.mkdir(parents=True, exist_ok=True)
     own = [projection for projection in projections if projection.layer % world_size == rank]
+    reader = CacheReader(records, device)
     for projection in own:
-        gradients = _ProjectionGradients(projection, records, torch.device(device))
-        fisher = _fold(projection, gradients, fisher_directory, previous_fisher, folded_until, fisher_decay)
-        if gradients.records and fisher.tasks:
-            indices = _task_indices(gradients.records, masks, tasks)
-            metric.update(
-                gradients, indices, fisher.pooled().to(device), layer=projection.layer, block=projection.block
-            )
+        previous = EmpiricalFisher(fisher_decay)
+        if previous_fisher and (path := _fisher_path(previous_fisher, projection)).exists():
+            previous = EmpiricalFisher.load(path, device)
+        parts = []
+        for gradients in head_gradients_of(reader, projection):
+            fisher = previous.part(gradients.heads)
+            _fold(fisher, gradients, folded_until)
+            parts.append(fisher)
+            if fisher.tasks:
+                metric.update(
+                    gradients,
+                    _task_indices(gradients.records, masks, tasks),
+                    fisher.pooled(),
+                    layer=projection.layer,
+                    block=projection.block,
+                    first_head=gradients.heads.start,
+                )
+        whole = EmpiricalFisher.joined(parts) if parts else previous
+        if whole.tasks:
+            whole.save(_fisher_path(fisher_directory, projection))
         on_projection()
     result = {name: value.cpu() for name, value in metric.compute().items()}
     heatmap = InterferenceHeatmap(
@@ -167,9 +127,7 @@ def measure_interference(
         epoch=epoch,
         notes=notes or {},
     )
-    pairs = gather(
-        _hottest_pairs(heatmap, own, records, masks, fisher_directory, damping, num_hot_cells, device)
-    )
+    pairs = gather(_hottest_pairs(heatmap, own, reader, masks, fisher_directory, damping, num_hot_cells))
     pairs.sort(key=lambda pair: -pair.value)
     return replace(heatmap, pairs=tuple(pairs))
 
@@ -178,37 +136,20 @@ def _fisher_path(directory: Path, projection: Projection) -> Path:
     return directory / f"{projection.layer:04d}-{projection.block}.safetensors"
 
 
-def _fold(
-    projection: Projection,
-    gradients: _ProjectionGradients,
-    directory: Path,
-    previous: Path | None,
-    folded_until: int,
-    decay: float,
-) -> EmpiricalFisher:
-    """The Fisher with all steps from ``folded_until`` on folded in, and written."""
-    path = _fisher_path(directory, projection)
-    known = previous is not None and _fisher_path(previous, projection).exists()
-    fisher = (
-        EmpiricalFisher.load(_fisher_path(previous, projection))
-        if previous and known
-        else EmpiricalFisher(decay)
-    )
-    new = (item for item in gradients.chunks() if item[0].step >= folded_until)
-    for _, chunks in itertools.groupby(new, key=lambda item: item[0].step):
-        totals: dict[str, Tensor] = {}
-        counts: Counter[str] = Counter()
-        for record, samples, chunk in chunks:
-            names = record.samples.tasks[samples]
-            for task in dict.fromkeys(names):
-                rows = torch.tensor([name == task for name in names], device=chunk.device)
-                total = chunk[rows].square().sum(dim=0).cpu()
-                totals[task] = totals[task] + total if task in totals else total
-                counts[task] += int(rows.sum())
-        fisher.fold({task: total / counts[task] for task, total in totals.items()})
-    if fisher.tasks:
-        fisher.save(path)
-    return fisher
+def _fold(fisher: EmpiricalFisher, gradients: HeadGradients, folded_until: int) -> None:
+    """Fold in all steps from ``folded_until`` on."""
+    for names, chunks in gradients.by_step(folded_until):
+        tasks = list(dict.fromkeys(names))
+        member = torch.nn.functional.one_hot(torch.tensor([tasks.index(name) for name in names])).T
+        total: Tensor | None = None
+        start = 0
+        for chunk in chunks:
+            part = torch.tensordot(member[:, start : start + len(chunk)].to(chunk), chunk.square(), dims=1)
+            total = part if total is None else total.add_(part)
+            start += len(chunk)
+        if total is not None:
+            mean = total / member.sum(dim=1).to(total)[:, None, None]
+            fisher.fold(dict(zip(tasks, mean, strict=True)))
 
 
 def _task_indices(
@@ -240,15 +181,14 @@ def _layers(projections: Sequence[Projection], model: nn.Module, num_samples: Te
 def _hottest_pairs(
     heatmap: InterferenceHeatmap,
     projections: Sequence[Projection],
-    records: Sequence[CacheRecord],
+    reader: CacheReader,
     masks: dict[Path, Bool[Tensor, sample]],
     fisher_directory: Path,
     damping: float,
     num_hot_cells: int,
-    device: torch.device | str,
 ) -> list[SamplePair]:
     """The strongest sample pairs of each hot cell in the given projections."""
-    hot: dict[tuple[int, str], list[Any]] = {}
+    hot: dict[tuple[int, str], list[Cell]] = {}
     for a, b in heatmap.task_pairs:
         for cell in heatmap.cells(a, b)[:num_hot_cells]:
             hot.setdefault((cell.layer, cell.block), []).append(cell)
@@ -257,26 +197,56 @@ def _hottest_pairs(
         cells = hot.get((projection.layer, projection.block), [])
         if not cells:
             continue
-        gradients = _ProjectionGradients(projection, records, torch.device(device))
-        fisher = EmpiricalFisher.load(_fisher_path(fisher_directory, projection)).pooled().to(device)
-        for cell in cells:
-            slices: dict[str, list[Tensor]] = {cell.task_a: [], cell.task_b: []}
-            ids: dict[str, list[str]] = {cell.task_a: [], cell.task_b: []}
-            for record, samples, chunk in gradients.chunks():
-                for row, index in enumerate(range(samples.start, samples.stop)):
-                    task = record.samples.tasks[index]
-                    if task in slices and bool(masks[record.path][index]):
-                        slices[task].append(chunk[row, cell.head])
-                        ids[task].append(record.samples.ids[index])
-            matrix = sample_pairs(
-                torch.stack(slices[cell.task_a]), torch.stack(slices[cell.task_b]), fisher[cell.head], damping
-            )
-            if cell.task_a == cell.task_b:
-                matrix.fill_diagonal_(-1)
-            for flat in matrix.flatten().topk(min(PAIRS_PER_CELL, matrix.numel())).indices.tolist():
-                i, j = divmod(flat, matrix.shape[1])
-                pairs.append(
-                    SamplePair(cell.task_a, ids[cell.task_a][i], cell.task_b, ids[cell.task_b][j],
-                               cell.layer, cell.head, cell.block, float(matrix[i, j]))
-                )  # fmt: skip
+        fisher = EmpiricalFisher.load(_fisher_path(fisher_directory, projection), reader.device).pooled()
+        for head in sorted({cell.head for cell in cells}):
+            own = [cell for cell in cells if cell.head == head]
+            ids, matrices = _pair_matrices(own, projection, reader, masks, fisher[head], damping)
+            for cell, matrix in zip(own, matrices, strict=True):
+                if cell.task_a == cell.task_b:
+                    matrix.fill_diagonal_(-1)
+                for flat in matrix.flatten().topk(min(PAIRS_PER_CELL, matrix.numel())).indices.tolist():
+                    i, j = divmod(flat, matrix.shape[1])
+                    pairs.append(
+                        SamplePair(cell.task_a, ids[cell.task_a][i], cell.task_b, ids[cell.task_b][j],
+                                   cell.layer, cell.head, cell.block, float(matrix[i, j]))
+                    )  # fmt: skip
     return pairs
+
+
+def _pair_matrices(
+    cells: Sequence[Cell],
+    projection: Projection,
+    reader: CacheReader,
+    masks: dict[Path, Bool[Tensor, sample]],
+    fisher: Float[Tensor, weight],
+    damping: float,
+) -> tuple[dict[str, list[str]], list[Tensor]]:
+    """Identifiers of the samples by task, and for cells of one head the interference of all their pairs.
+
+    It is a sum over weights: as many features of the head at a time as fit into memory.
+    """
+    head = slice(cells[0].head, cells[0].head + 1)
+    tasks = {task for cell in cells for task in (cell.task_a, cell.task_b)}
+    denominator = damped(fisher[None], damping)[0].view(projection.head_dim, -1)
+    num_samples = sum(len(record.samples) for record in reader.readable(projection.module_name))
+    feature_bytes = num_samples * reader.slice_bytes(projection) // projection.head_dim
+    matrices: list[Tensor | None] = [None] * len(cells)
+    # The gradients by record and by task, their contributions, and their magnitudes: four of a kind.
+    num_features = max(1, HELD_BYTES // (4 * max(1, feature_bytes)))
+    for features in torch.arange(projection.head_dim).split(num_features):
+        slices: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        ids: dict[str, list[str]] = {task: [] for task in tasks}
+        for record, part in reader.parts(restricted(projection, head, features)):
+            gradients = owned_gradients(part).flatten(1)
+            for index, (task, name) in enumerate(zip(record.samples.tasks, record.samples.ids, strict=True)):
+                if task in tasks and bool(masks[record.path][index]):
+                    slices[task].append(gradients[index])
+                    ids[task].append(name)
+        stacked = {task: torch.stack(rows) for task, rows in slices.items()}
+        for index, cell in enumerate(cells):
+            matrix = sample_pairs(
+                stacked[cell.task_a], stacked[cell.task_b], denominator[features].flatten(), damping=0.0
+            )
+            known = matrices[index]
+            matrices[index] = matrix if known is None else known + matrix
+    return ids, [matrix for matrix in matrices if matrix is not None]
