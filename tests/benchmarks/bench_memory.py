@@ -1,0 +1,45 @@
+"""Peak resident memory, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from caches import STORAGES
+
+HERE = Path(__file__).parent
+
+
+def _peak(*arguments: str) -> int:
+    # A fixed threshold: glibc would raise it as it goes, and keep what was freed.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, str(HERE / "peak_memory.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1])
+
+
+def bench_memory_of_training(benchmark: Callable, report: Callable) -> None:
+    plain = _peak("train", "plain")
+    monitored = benchmark.pedantic(_peak, ("train", "monitored"), rounds=1)
+    report(
+        f"GPT-2, 12 layers, 2 x 128 tokens: peak memory with the monitor / without ({plain / 1e9:.2f} GB)",
+        f"{monitored / plain:.3f}",
+        "1.05",
+    )
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def bench_memory_of_validation(storage: str, benchmark: Callable, report: Callable, tmp_path: Path) -> None:
+    for num_samples in (32, 128, 512):
+        arguments = ("validate", str(tmp_path / str(num_samples)), str(num_samples), storage)
+        added = _peak(*arguments) if num_samples > 32 else benchmark.pedantic(_peak, arguments, rounds=1)
+        report(
+            f"1 layer, 16 heads of 128 x 256 weights, {storage}, {num_samples} samples: peak memory that the validation pass adds",
+            f"{added / 2**20:.0f} MiB",
+            "the cap",
+        )

@@ -1,0 +1,53 @@
+"""Caches that a monitored training run has written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from shapes import LanguageModel
+from torch import nn
+from trainees import Trainee
+
+from qkov_lightning import (
+    GradientCache,
+    InterferenceHeatmap,
+    InterferenceMonitor,
+    find_projections,
+)
+from qkov_lightning.measurement import measure_interference
+
+STORAGES: dict[str, dict[str, object]] = {"exact": {}}
+"""Options of the monitor for each way to store gradients."""
+
+
+def written_cache(
+    model: nn.Module, batches: Sequence[dict], folder: Path, storage: str = "exact"
+) -> GradientCache:
+    """The cache after one training step on each batch."""
+    monitor = InterferenceMonitor(
+        every_n_steps=1, max_samples_per_task=4096, max_cache_gb=64, cache_dir=folder, **STORAGES[storage]
+    )
+    trainee = Trainee(LanguageModel(model), folder, monitor)
+    for batch in batches:
+        trainee.step(batch)
+    trainee.stop()
+    return GradientCache(Path(monitor.state_dict()["cache"]), max_samples_per_task=4096, max_bytes=64 * 2**30)
+
+
+def measured(cache: GradientCache, model: nn.Module) -> InterferenceHeatmap:
+    """One validation pass in which every step is new to the Fisher, the most work that there can be."""
+    module = LanguageModel(model)  # the names in the cache are those of the module that was trained
+    with torch.no_grad():
+        heatmap = measure_interference(
+            cache, find_projections(module), module, fisher_directory=cache.directory / "fisher"
+        )
+    assert heatmap is not None
+    assert all(values.isfinite().any(dim=3).all() for values in heatmap.scores.values())
+    return heatmap
+
+
+def bytes_per_sample(cache: GradientCache) -> float:
+    records = [record for record, _ in cache.records()]
+    return sum(record.num_bytes for record in records) / sum(len(record.samples) for record in records)

@@ -1,0 +1,47 @@
+"""Prints the peak of resident memory, in bytes, of a process that does one thing.
+
+python peak_memory.py train plain|monitored
+python peak_memory.py validate FOLDER NUM_SAMPLES STORAGE
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from caches import measured, written_cache
+from shapes import LanguageModel, batch_of, gpt2, qwen3
+from trainees import Trainee
+
+from qkov_lightning import InterferenceMonitor
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def train(kind: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        monitors = [InterferenceMonitor(every_n_steps=1)] if kind == "monitored" else []
+        trainee = Trainee(LanguageModel(gpt2()), Path(folder), *monitors)
+        for _ in range(3):
+            trainee.step(batch_of(2))
+        trainee.stop()
+    return peak()
+
+
+def validate(folder: str, num_samples: str, storage: str) -> int:
+    """What the pass adds to a process that has trained on the samples."""
+    model = qwen3(num_layers=1, hidden=256, intermediate=256)
+    cache = written_cache(model, [batch_of(8) for _ in range(int(num_samples) // 8)], Path(folder), storage)
+    before = peak()
+    measured(cache, model)
+    return peak() - before
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print({"train": train, "validate": validate}[sys.argv[1]](*sys.argv[2:]))
