@@ -38,7 +38,7 @@ def test_every_test_that_it_names_exists() -> None:
             assert not test or f"def {test}(" in text, f"{file}::{test}"
 
 
-@pytest.mark.parametrize("command", ["show", "report", "inspect", "gate"])
+@pytest.mark.parametrize("command", ["show", "report", "inspect", "verify", "gate"])
 def test_every_command_that_it_names_exists(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"`qkov {command}" in README
     monkeypatch.setattr("sys.argv", ["qkov", command, "--help"])
@@ -47,6 +47,7 @@ def test_every_command_that_it_names_exists(command: str, monkeypatch: pytest.Mo
 
 
 def test_every_file_that_it_names_exists() -> None:
-    for path in ("examples/plain_loop.py", "examples/ci", "configs", "examples/heatmap.png"):
-        assert path in README
-        assert (ROOT / path).exists()
+    named = re.findall(r"(?:examples|configs|tests)/[\w./]*", README)
+    assert len(named) > 5
+    for path in named:
+        assert (ROOT / path).exists(), path
