@@ -503,7 +503,9 @@ def test_a_part_that_mixes_heads_is_refused(name: str, part: nn.Module | nn.Para
         find_projections(nn.Sequential(attention))
 
 
-@pytest.mark.parametrize("name", ["LinearAttention", "MultiScaleRetention", "ChannelAttention"])
+@pytest.mark.parametrize(
+    "name", ["GatedLinearAttention", "DeltaNet", "MultiScaleRetention", "ChannelAttention"]
+)
 def test_attention_that_says_it_has_no_softmax_over_tokens_is_refused(name: str) -> None:
     with pytest.raises(ArchitectureError, match="has no softmax over tokens"):
         find_projections(nn.Sequential(in_package(Torchtune, "somewhere", name)()))
