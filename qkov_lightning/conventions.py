@@ -197,6 +197,8 @@ REFUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
             "transformers.*.YosoSelfAttention",
             "*.*LinearAttention",
             "*.*LinearAttn*",
+            "*.*LightningAttention*",
+            "*.*DeltaNet",
             "*.*Retention",
             "*.*ChannelAttention",
             "*.XCA",

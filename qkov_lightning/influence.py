@@ -124,6 +124,8 @@ class AttentionGraph:
                 problems = [self._output_problem(projection, head) for head in range(projection.num_heads)]
             elif block == "V":
                 problems = self._input_problems(projection, values, one_value)
+                if self._sways_scores(projection, scores):
+                    problems = [problem or "acts on the attention scores too" for problem in problems]
             else:
                 problems = self._input_problems(projection, scores, one_query)
             found.update({(block, head): problem for head, problem in enumerate(problems)})
@@ -189,6 +191,14 @@ class AttentionGraph:
             else:
                 problems.append(_role_problem(projection.block, num_tokens[:, head]))
         return problems
+
+    def _sways_scores(self, projection: Projection, scores: Tensor) -> bool:
+        """Whether values out of a module of their own decide what is attended to."""
+        others = [self.layer[block].module_name for block in ("Q", "K") if block in self.layer]
+        if projection.module_name in others:  # there a stray feature of Q or K
+            return False
+        derivatives = self._derivatives(projection, scores, torch.randn_like(scores))
+        return any(bool((g != 0).any()) for g, _ in derivatives)
 
     def _unclaimed(self, projection: Projection, size: int) -> Tensor:
         """Features of the module that no block acting on the same operand claims."""

@@ -315,6 +315,25 @@ def test_a_normalisation_between_the_heads_and_the_output_projection_carries_not
     assert verify_projections(build("bitnet", num_key_value_heads=2), BATCH).passed
 
 
+class Masked(Gated):
+    """The values of all heads decide which tokens are looked at."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (p(x).unflatten(-1, (4, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = parts
+        mask = value.sum(dim=(1, 3))[:, None, None].expand(-1, 4, x.shape[1], -1)
+        context = functional.scaled_dot_product_attention(query[..., :4], key, value, attn_mask=mask)
+        return self.o_proj(context.transpose(1, 2).flatten(-2))
+
+
+def test_values_that_act_on_the_scores_are_found_out() -> None:
+    claimed = gated_map(torch.arange(32).view(4, 8)[:, :4])
+    failures = verify_projections(Masked(), torch.randn(2, 5, 16), claimed).failures
+    assert {(cell.projection.block, cell.problem) for cell in failures} == {
+        ("V", "acts on the attention scores too")
+    }
+
+
 class Normalised(Gated):
     """A layer normalisation over all heads before the output projection."""
 
