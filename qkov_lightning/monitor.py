@@ -170,7 +170,7 @@ class InterferenceMonitor(Callback):
         Raises:
             ValueError: If the strategy is one under which gradients would be wrong.
         """
-        _check_strategy(trainer)
+        _check_strategy(trainer, self.probe is not None)
         self._projections = list(self.projections or find_projections(pl_module))
         if self.probe is not None:
             return
@@ -540,7 +540,7 @@ def _check(name: str, value: object, valid: bool, expected: str) -> None:
         raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
 
 
-def _check_strategy(trainer: Trainer) -> None:
+def _check_strategy(trainer: Trainer, probing: bool) -> None:
     """Refuse the strategies that split a projection, or scale the loss, where no tap sees it.
 
     Raises:
@@ -554,6 +554,11 @@ def _check_strategy(trainer: Trainer) -> None:
                 "ModelParallelStrategy (FSDP2: `fully_shard` in `configure_model`). Use one of these."
             )
         if name == "ModelParallelStrategy":
+            if probing:
+                raise ValueError(
+                    "InterferenceMonitor cannot run its probe under ModelParallelStrategy: outside of the training step the weights "
+                    "are in pieces. Leave `probe` out, or measure a checkpoint with `qkov probe`."
+                )
             size = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
             if size > 1:
                 raise ValueError(

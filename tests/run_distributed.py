@@ -30,8 +30,7 @@ from torch.utils.data import DataLoader
 
 from qkov_lightning import HeadInterference, InterferenceMonitor
 
-PROCESS_GROUP_SECONDS = 8
-PATIENCE_SECONDS = 90
+PATIENCE_SECONDS = 240
 """What a group may take before it counts as hanging; far more than the timeout of its process group."""
 
 
@@ -133,6 +132,9 @@ MODES: dict[str, dict[str, Any]] = {
     "fsdp, no monitor": {"sizes": EVEN, "sharded": True, "learning_rate": 0.05, "monitor": False},
     "fsdp, monitor": {"sizes": EVEN, "sharded": True, "learning_rate": 0.05},
     "tensor parallel": {"sizes": EVEN, "sharded": True, "split": 2},
+    "probe, one process": {"sizes": ALL, "probe": True},
+    "probe": {"sizes": EVEN, "probe": True},
+    "fsdp, probe": {"sizes": EVEN, "sharded": True, "probe": True},
     "not shared": {"sizes": EVEN, "meddler": OwnDirectory},
     "no directory": {"sizes": EVEN, "learning_rate": 0.05, "meddler": no_directory},
     "full while training": {
@@ -146,7 +148,7 @@ MODES: dict[str, dict[str, Any]] = {
         "meddler": lambda *_: At("epoch", fill_disk),
     },
     "dies": {"sizes": EVEN, "meddler": lambda *_: At("epoch", die)},
-    "stops": {"sizes": EVEN, "meddler": lambda *_: At("epoch", stop_while_measuring)},
+    "stops": {"sizes": EVEN, "seconds": 12, "meddler": lambda *_: At("epoch", stop_while_measuring)},
 }
 
 
@@ -157,14 +159,16 @@ def fit(
     sharded: bool = False,
     split: int = 1,
     accumulate: int = 1,
+    probe: bool = False,
+    seconds: int = 120,
     learning_rate: float = 0.0,
     monitor: bool = True,
     meddler: Callable[[InterferenceMonitor, Path], Callback] | None = None,
 ) -> None:
-    watching = InterferenceMonitor(every_n_steps=1)
+    watching = InterferenceMonitor(every_n_steps=1, probe=DataLoader(Samples(8), 4) if probe else None)
     callbacks: list[Callback] = [] if meddler is None else [meddler(watching, root)]
     callbacks += [watching] if monitor else []
-    timeout = timedelta(seconds=PROCESS_GROUP_SECONDS)
+    timeout = timedelta(seconds=seconds)
     strategy: Any = "auto" if len(sizes) == 1 else DDPStrategy(timeout=timeout)
     if sharded:
         sizes_of_mesh = {"data_parallel_size": 2 // split, "tensor_parallel_size": split}

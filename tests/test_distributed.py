@@ -97,6 +97,10 @@ def test_a_fully_sharded_model_gives_the_same_heatmap(runs: Runs, mode: str) -> 
     assert_same(runs.heatmap("one process"), runs.heatmap(mode))
 
 
+def test_a_probe_gives_the_same_heatmap(runs: Runs) -> None:
+    assert_same(runs.heatmap("probe, one process"), runs.heatmap("probe"))
+
+
 def test_a_process_without_a_layer_to_score_gives_the_same_heatmap(runs: Runs) -> None:
     assert len(runs.heatmap("one layer").layers) == 1
     assert_same(runs.heatmap("one layer, one process"), runs.heatmap("one layer"))
@@ -125,6 +129,11 @@ def test_tensor_parallelism_is_refused_by_all_processes(runs: Runs) -> None:
     assert "cannot see whole heads under ModelParallelStrategy with tensor_parallel_size=2" in runs.output(
         "tensor parallel"
     )
+
+
+def test_a_probe_under_full_sharding_is_refused_by_all_processes(runs: Runs) -> None:
+    assert runs.codes["fsdp, probe"] == [1, 1]
+    assert "cannot run its probe under ModelParallelStrategy" in runs.output("fsdp, probe")
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "DeepSpeedStrategy"])
