@@ -28,6 +28,7 @@ from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
 from qkov_lightning.tables import write_tables
 from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
+from qkov_lightning.writer import CacheWriter
 
 
 class InterferenceMonitor(Callback):
@@ -118,6 +119,7 @@ class InterferenceMonitor(Callback):
         self.heatmap: InterferenceHeatmap | None = None
         self._capture: GradientCapture | None = None
         self._cache: GradientCache | None = None
+        self._writer: CacheWriter | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Path | None = None
         self._run_id = ""
@@ -179,7 +181,7 @@ class InterferenceMonitor(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Write what was captured."""
+        """Hand over what was captured to be written."""
         step = self._counters["batches"]
         self._counters["batches"] += 1
         if not (self._capture and self._capture.active):
@@ -188,15 +190,22 @@ class InterferenceMonitor(Callback):
             self._capture.discard()
             return
         captured = self._capture.finish(lambda: self._labels(batch))
-        if not all(one.is_finite for one in captured):
-            self._counters["non_finite_steps"] += 1
-            return
         try:
-            if self._cache and captured:
-                self._cache.append(step, captured)
-                self._counters["captured_steps"] += 1
+            if self._writer and captured:
+                self._writer.submit(step, captured)
         except CacheError as error:
             self._switch_off(error)
+
+    def _drain(self) -> None:
+        """Wait for what is on its way to the cache, and count it."""
+        if self._writer and not self._switched_off:
+            try:
+                written, dropped = self._writer.drain()
+            except CacheError as error:
+                self._switch_off(error)
+            else:
+                self._counters["captured_steps"] += written
+                self._counters["non_finite_steps"] += dropped
 
     def _labels(self, batch: Any) -> Labels:
         return read_labels(
@@ -216,6 +225,7 @@ class InterferenceMonitor(Callback):
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._drain()
         self._agree(trainer)
         if self._cache is None:
             return
@@ -315,6 +325,7 @@ class InterferenceMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and where the cache is."""
+        self._drain()
         return {
             **self._counters,
             "run_id": self._run_id,
@@ -331,6 +342,7 @@ class InterferenceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a restart from this checkpoint needs."""
+        self._drain()
         if self._cache and not self._switched_off:
             try:
                 self._checkpointed = [*self._checkpointed, (self._counters["batches"], self._fisher_step)][
@@ -349,7 +361,8 @@ class InterferenceMonitor(Callback):
         """
         state, self._restored = self._restored, None
         if state is None and self._cache is not None and trainer.global_step > 0:
-            return  # `fit` called again: go on
+            self._writer = CacheWriter(self._cache)  # `fit` called again: go on
+            return
         self._run_id = trainer.strategy.broadcast(state["run_id"] if state else uuid.uuid4().hex[:8])
         self._results = Path(trainer.strategy.broadcast(str(self._results_directory(trainer))))
         directory = (self.cache_dir or self._results / "cache") / self._run_id
@@ -367,6 +380,7 @@ class InterferenceMonitor(Callback):
         if state:
             self._resume(state, self._cache, trainer.is_global_zero)
         self._checkpointed = [(self._counters["batches"], self._fisher_step)]
+        self._writer = CacheWriter(self._cache)
         self._check_shared(trainer, directory)
 
     def _resume(self, state: dict[str, Any], cache: GradientCache, is_global_zero: bool) -> None:
@@ -427,8 +441,14 @@ class InterferenceMonitor(Callback):
 
     # When it goes wrong, and when it ends
 
+    def _close_writer(self) -> None:
+        if self._writer:
+            self._writer.close()
+            self._writer = None
+
     def _switch_off(self, error: CacheError) -> None:
         self._switched_off = True
+        self._close_writer()
         if self._capture:
             self._capture.remove()
         warnings.warn(
@@ -449,6 +469,8 @@ class InterferenceMonitor(Callback):
         self._clean_up()
 
     def _clean_up(self) -> None:
+        self._drain()
+        self._close_writer()
         if self._capture:
             self._capture.remove()
         if self._temporary:
