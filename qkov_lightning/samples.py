@@ -142,6 +142,7 @@ def current_labels() -> Labels | None:
 def samples_from_positions(position_ids: Int[Tensor, "*batch token"]) -> Int[Tensor, "*batch token"]:
     """Sample of every token of packed sequences, from positions that start again at 0 with each sample.
 
+    >>> import torch
     >>> samples_from_positions(torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]))
     tensor([[0, 0, 0, 1, 1],
             [2, 3, 3, 3, 3]])
