@@ -41,6 +41,8 @@ napoleon_use_ivar = True
 napoleon_use_rtype = False
 # What the package does not say about itself, it inherits: the pages of torch and Lightning have it.
 autodoc_inherit_docstrings = False
+# Only the pytest plugin needs it, and only its docstring is shown.
+autodoc_mock_imports = ["pytest"]
 
 
 def skip_hooks(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
