@@ -18,7 +18,7 @@ all that figures, tables and the gate need to know of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -318,9 +318,21 @@ SCORES: dict[str, Score] = {
 """Every score; the first is the one that is shown first."""
 
 
-def damped(fisher: Float[Tensor, "*any weight"], damping: float) -> Float[Tensor, "*any weight"]:
-    r""":math:`I + \epsilon`, the damping relative to the mean over the slice, so that units cancel."""
-    return fisher + damping * fisher.mean(dim=-1, keepdim=True)
+def damped(
+    fisher: Float[Tensor, "*any weight"],
+    damping: float,
+    weights: Float[Tensor, "head weight"] | None = None,
+) -> Float[Tensor, "*any weight"]:
+    r""":math:`I + \epsilon`, the damping relative to the (weighted) mean over the slice, so that units cancel."""
+    return fisher + damping * _slice_mean(fisher, weights)
+
+
+def _slice_mean(
+    values: Float[Tensor, "*any weight"], weights: Float[Tensor, "head weight"] | None
+) -> Float[Tensor, "*any 1"]:
+    if weights is None:
+        return values.mean(dim=-1, keepdim=True)
+    return (values * weights).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
 
 
 def update_rate(
@@ -328,6 +340,7 @@ def update_rate(
     mean_gradient: Float[Tensor, "*task head weight"],
     mean_square: Float[Tensor, "*task head weight"],
     damping: float,
+    weights: Float[Tensor, "head weight"] | None = None,
 ) -> Float[Tensor, "*task head weight"]:
     r"""What an optimiser multiplies the mean gradient with, per weight: :math:`d = \rho \, \bar g`.
 
@@ -339,6 +352,7 @@ def update_rate(
         mean_gradient: Mean gradient.
         mean_square: Mean squared gradient.
         damping: Relative to the mean of the mean square over the slice.
+        weights: As for :func:`slice_statistics`.
 
     Returns:
         The rates.
@@ -347,7 +361,7 @@ def update_rate(
         return update.to(mean_gradient).expand_as(mean_gradient)
     if update == "sgd":
         return torch.ones_like(mean_gradient)
-    return damped(mean_square, damping).rsqrt()
+    return damped(mean_square, damping, weights).rsqrt()
 
 
 def slice_statistics(
@@ -358,6 +372,8 @@ def slice_statistics(
     damping: float,
     update: UpdateDirection | Float[Tensor, "head weight"] = "adam",
     step_size: float = STEP_SIZE,
+    weights: Float[Tensor, "head weight"] | None = None,
+    num_replicates: int = 1,
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
@@ -370,6 +386,8 @@ def slice_statistics(
         damping: Added to the Fisher, relative to its mean over the slice.
         update: Direction in which a task updates the slice, see :func:`update_rate`.
         step_size: Length of the step along it.
+        weights: How many weights of the slice each one stands for, where only some were kept.
+        num_replicates: Independent samples of the weights of each head, which stand side by side as if they were heads.
 
     Returns:
         The statistics of the samples that belong to a task.
@@ -377,7 +395,8 @@ def slice_statistics(
     Raises:
         ValueError: If there is not one task per sample.
     """
-    inverse = 1 / damped(fisher, damping)
+    each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
+    inverse = each / damped(fisher, damping, weights)
     membership = torch.nn.functional.one_hot(task_indices + 1, num_tasks + 1)[:, 1:].to(fisher).T
     count = membership.sum(dim=1).clamp(min=1)[:, None, None]
     mean_gradient = fisher.new_zeros(num_tasks, *fisher.shape)
@@ -401,7 +420,7 @@ def slice_statistics(
     sensitive_to = mean_absolute * inverse
     pushed_by = mean_square * inverse
     pulled_by = mean_gradient * inverse
-    directions = _Directions(mean_gradient, mean_square, count, damping, update)
+    directions = _Directions(mean_gradient, mean_square, count, damping, update, each)
     parts: dict[str, list[Tensor]] = {}
     start = 0
     for chunk in chunks:
@@ -412,16 +431,18 @@ def slice_statistics(
             "sensitivity": _inner(square, sensitive_to),
             "push": _inner(absolute, pushed_by),
             "self_pair": _inner(square * absolute, inverse[None]).squeeze(1),
-            "absolute_norm": absolute.sum(dim=-1),
-            "alignment": _inner(chunk, mean_gradient),
-            "squared_norm": square.sum(dim=-1),
+            "absolute_norm": _inner(absolute, each[None]).squeeze(1),
+            "alignment": _inner(chunk, mean_gradient * each),
+            "squared_norm": _inner(square, each[None]).squeeze(1),
             "whitened_alignment": _inner(chunk, pulled_by),
             "whitened_squared_norm": _inner(square, inverse[None]).squeeze(1),
             "response": directions.response(chunk, tasks),
         }
         for name, result in results.items():
             parts.setdefault(name, []).append(result)
-    parts |= directions.influences(chunks, task_indices, torch.cat(parts["response"]))
+    parts |= directions.influences(
+        chunks, task_indices, _mean_over_replicates(torch.cat(parts["response"]), num_replicates)
+    )
     kept = task_indices >= 0
     return SliceStatistics(
         membership=membership[:, kept].double(),
@@ -440,18 +461,19 @@ class _Directions:
         count: Float[Tensor, "task 1 1"],
         damping: float,
         update: UpdateDirection | Float[Tensor, "head weight"],
+        weights: Float[Tensor, "head weight"],
     ) -> None:
         self._mean, self._square, self._count = mean_gradient, mean_square, count
-        self._damping, self._update = damping, update
-        self._rate = update_rate(update, mean_gradient, mean_square, damping)
+        self._damping, self._update, self._weights = damping, update, weights
+        self._rate = update_rate(update, mean_gradient, mean_square, damping, weights)
         self._direction = mean_gradient * self._rate
 
     def response(
         self, chunk: Float[Tensor, "sample head weight"], tasks: Int[Tensor, sample]
     ) -> Float[Tensor, "sample task head"]:
-        response = _inner(chunk, self._direction)
+        response = _inner(chunk, self._direction * self._weights)
         for task, rows, samples in _by_task([chunk], tasks):
-            response[rows, task] = (samples * self._without(samples, task)).sum(dim=-1)
+            response[rows, task] = (samples * self._without(samples, task) * self._weights).sum(dim=-1)
         return response
 
     def _without(
@@ -463,7 +485,7 @@ class _Directions:
         mean = (count * self._mean[task] - samples) / others
         # Rounding can leave less than nothing of a weight that only this sample moves.
         square = ((count * self._square[task] - samples.square()) / others).clamp(min=0)
-        return mean * update_rate(self._update, mean, square, self._damping)
+        return mean * update_rate(self._update, mean, square, self._damping, self._weights)
 
     def influences(
         self,
@@ -506,13 +528,13 @@ class _Directions:
         vectors: Float[Tensor, "other head weight"],
     ) -> Float[Tensor, "sample other head"]:
         r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees."""
-        moved = _inner(samples, vectors * self._rate[task])
+        moved = _inner(samples, vectors * (self._rate[task] * self._weights))
         if isinstance(self._update, Tensor) or self._update == "sgd":
             return moved
         # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
-        slowed = vectors * (self._direction[task] * self._rate[task].square() / 2)
+        slowed = vectors * (self._direction[task] * self._rate[task].square() * self._weights / 2)
         square = samples.square()
-        share = self._damping * square.mean(dim=-1)[:, None] * slowed.sum(dim=-1)
+        share = self._damping * _slice_mean(square, self._weights)[..., 0][:, None] * slowed.sum(dim=-1)
         return moved - _inner(square, slowed) - share
 
 
@@ -528,6 +550,64 @@ def _by_task(
                 rows = (tasks == task).nonzero().flatten()
                 yield task, rows + start, chunk[rows]
         start += len(chunk)
+
+
+def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: int) -> Estimate:
+    r"""A score from independent samples of the weights, their spread added to its variance.
+
+    Every replicate estimates each sum over weights without bias, and so does their mean. The sampling variance of the
+    score comes from leaving one of the R replicates out (Quenouille 1949, Tukey 1958):
+
+    .. math:: s^2 = \frac{R - 1}{R} \sum_{r=1}^{R} (\theta_{-r} - \bar\theta)^2
+
+    and so does the bias of a score that is no sum, :math:`(R - 1)(\bar\theta - \theta)`, which is taken off where the
+    score has no natural range to leave: exact for squares of sums.
+
+    Args:
+        score: The score.
+        statistics: Statistics in which the replicates of a head stand side by side as if they were heads.
+        num_replicates: R.
+
+    Returns:
+        The score of every head.
+    """
+    if num_replicates == 1:  # every weight was kept
+        return score.function(statistics)
+    whole = torch.arange(num_replicates)
+    estimate = score.function(_over_replicates(statistics, whole, num_replicates))
+    left_out = [
+        score.function(_over_replicates(statistics, whole[whole != replicate], num_replicates))
+        for replicate in range(num_replicates)
+    ]
+    values = torch.stack([one.value for one in left_out])
+    sampling_variance = values.var(dim=0, correction=0) * (num_replicates - 1)
+    # The variance over samples contains each sample's own share of the sampling error, which falls as 1 / R.
+    variances = torch.stack([one.variance for one in left_out]).mean(dim=0)
+    variance = (num_replicates * estimate.variance - (num_replicates - 1) * variances).clamp(min=0)
+    value = estimate.value
+    if score.natural_range is None:
+        value = num_replicates * value - (num_replicates - 1) * values.mean(dim=0)
+    return Estimate(value, variance + sampling_variance)
+
+
+def _over_replicates(
+    statistics: SliceStatistics, replicates: Int[Tensor, replicate], num_replicates: int
+) -> SliceStatistics:
+    """Mean of the statistics over some replicates."""
+    means = {
+        name: value.unflatten(-1, (-1, num_replicates))[..., replicates].mean(dim=-1)
+        for name, value in vars(statistics).items()
+        if name not in {"membership", "step_size"}
+    }
+    return replace(statistics, **means)
+
+
+def _mean_over_replicates(
+    response: Float[Tensor, "sample task head"], num_replicates: int
+) -> Float[Tensor, "sample task head"]:
+    """The response of a whole head in the place of each of its replicates."""
+    mean = response.unflatten(-1, (-1, num_replicates)).mean(dim=-1)
+    return mean.repeat_interleave(num_replicates, dim=-1)
 
 
 def _inner(samples: Tensor, vectors: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,26 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.facets import draw_strip, scale_of
-from qkov_lightning.interference import MIN_SAMPLES, SCORES, STEP_SIZE, UpdateDirection, slice_statistics
+from qkov_lightning.interference import (
+    MIN_SAMPLES,
+    SCORES,
+    STEP_SIZE,
+    UpdateDirection,
+    sampled_estimate,
+    slice_statistics,
+)
 from qkov_lightning.projections import BLOCKS, Block
+
+
+class _Replicates:
+    """Chunks in which the samples of a head's weights stand side by side as if they were heads."""
+
+    def __init__(self, chunks: Iterable[Tensor], num_replicates: int) -> None:
+        self._chunks, self._num_replicates = chunks, num_replicates
+
+    def __iter__(self) -> Iterator[Float[Tensor, "chunk head_replicate coordinate"]]:
+        for chunk in self._chunks:
+            yield chunk.reshape(len(chunk), chunk.shape[1] * self._num_replicates, -1)
 
 
 class HeadInterference(Metric):
@@ -90,6 +108,7 @@ class HeadInterference(Metric):
         block: Block,
         first_head: int = 0,
         rates: Float[Tensor, "head weight"] | None = None,
+        weights: Float[Tensor, "head replicate coordinate"] | None = None,
     ) -> None:
         """Add one projection, or some heads of it.
 
@@ -102,6 +121,8 @@ class HeadInterference(Metric):
             first_head: Head that the first row of ``gradients`` belongs to.
             rates: What the optimiser multiplies a gradient with, weight by weight, instead of the direction that the
                 metric was made with.
+            weights: Where only some weights of each head were kept, in independent samples one after the other: how
+                many weights each one stands for, over all samples. The sampling error is added to the standard errors.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
@@ -115,6 +136,14 @@ class HeadInterference(Metric):
                 f"layer {layer}, heads {heads.start} to {heads.stop - 1}: the metric was made for "
                 f"{num_layers} layers and {num_heads} heads."
             )
+        each: Tensor | None = None
+        replicates = 1
+        if weights is not None:
+            replicates = weights.shape[1]
+            each = replicates * weights.flatten(0, 1)  # of its own sample alone
+            chunks = _Replicates(chunks, replicates)
+            fisher = fisher.reshape(len(each), -1)
+            rates = None if rates is None else rates.reshape(len(each), -1)
         statistics = slice_statistics(
             chunks,
             indices.to(fisher.device),
@@ -123,6 +152,8 @@ class HeadInterference(Metric):
             self.damping,
             self.update_direction if rates is None else rates,
             self.step_size,
+            each,
+            replicates,
         )
         cell = (..., layer, heads, BLOCKS.index(block))
         count = statistics.count
@@ -130,7 +161,7 @@ class HeadInterference(Metric):
         num_pairs = count[:, None] * (count[None, :] - torch.eye(len(count)).to(count))
         num_pairs = torch.where(enough[:, None] & enough[None, :], num_pairs, 0).unsqueeze(-1)
         for score in SCORES.values():
-            estimate = score.function(statistics)
+            estimate = sampled_estimate(score, statistics, replicates)
             # A NaN without pairs is "no data yet"; any other NaN (0 / 0) stays one.
             value = torch.where(num_pairs > 0, estimate.value * num_pairs, 0)
             variance = torch.where(num_pairs > 0, estimate.variance * num_pairs.square(), 0)
