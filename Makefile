@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint validity freezing clean
 
 # torch first, pinned: see constraints.txt. The stamp keeps later calls quick.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,6 +26,12 @@ lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+validity: $(VENV)/.installed-dev  ## Compare every score with the measured rise of the loss; writes examples/validity.png.
+	$(BIN)/python tests/benchmarks/validity.py
+
+freezing: $(VENV)/.installed-dev  ## Train on one task, then on another with the worst cells frozen.
+	$(BIN)/python tests/benchmarks/freezing.py
 
 clean:
 	rm -rf $(VENV) runs
