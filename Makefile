@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench calibration clean
+.PHONY: demo test lint docs bench calibration validity freezing clean
 
 # torch first, pinned: see constraints.txt. The stamp keeps later calls quick.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,6 +43,12 @@ docs: $(VENV)/.installed-docs  ## Build the documentation; open docs/_build/inde
 
 calibration: $(VENV)/.installed  ## Measure the gate's false alarms and power; draws examples/gate_calibration.png.
 	$(BIN)/python tests/benchmarks/gate_calibration.py
+
+validity: $(VENV)/.installed-dev  ## Compare every score with the measured rise of the loss; writes examples/validity.png.
+	$(BIN)/python tests/benchmarks/validity.py
+
+freezing: $(VENV)/.installed-dev  ## Train on one task, then on another with the worst cells frozen.
+	$(BIN)/python tests/benchmarks/freezing.py
 
 clean:
 	rm -rf $(VENV) runs docs/_build

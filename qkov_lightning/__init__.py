@@ -8,6 +8,7 @@ from qkov_lightning.capture_check import verify_capture
 from qkov_lightning.comparability import NotComparableError
 from qkov_lightning.drift import DriftReport, Finding, check_drift
 from qkov_lightning.fisher import EmpiricalFisher
+from qkov_lightning.freezer import HeadFreezer
 from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
 from qkov_lightning.inspection import describe
 from qkov_lightning.interference import head_interference, sample_pairs
@@ -33,6 +34,7 @@ __all__ = [
     "Finding",
     "GradientCache",
     "GradientCapture",
+    "HeadFreezer",
     "HeadInterference",
     "HeatmapError",
     "InterferenceHeatmap",

@@ -84,3 +84,16 @@ def test_a_mistake_gives_a_line_that_names_it(
         fit(config("base.yaml"), f"--config={path}", *TINY)
     printed = capsys.readouterr().err + str(raised.value)
     assert line in " ".join(printed.split()), printed[-1200:]
+
+
+def test_the_freezer_works_from_a_configuration_file(
+    tmp_path: Path, fit: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "freezer.yaml"
+    path.write_text(
+        "trainer:\n  callbacks+:\n    - class_path: qkov_lightning.HeadFreezer\n"
+        "      init_args:\n        cells: [L0.H1.O, L0.H0.K]\n        stop_epoch: 3\n"
+    )
+    with caplog.at_level("INFO"):
+        fit(config("base.yaml"), f"--config={path}", *TINY)
+    assert "weights do not train, in 2 cells: L0.H1.O, L0.H0.K." in caplog.text

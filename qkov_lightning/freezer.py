@@ -1,0 +1,325 @@
+"""The Lightning callback that holds cells still while everything else trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qkov_lightning.architectures import find_projections
+from qkov_lightning.heatmap import InterferenceHeatmap
+from qkov_lightning.interference import SCORES
+from qkov_lightning.monitor import InterferenceMonitor
+from qkov_lightning.projections import Projection
+from qkov_lightning.report import find_latest
+from qkov_lightning.tables import select
+from qkov_lightning.weights import find_weight, local_part
+
+CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
+
+
+class HeadFreezer(Callback):
+    """Freezes cells: their weights are bit-identical after every optimiser step, while all others train.
+
+    Before each step the gradients of the frozen slices are set to zero, so that they count neither for gradient
+    clipping nor for the optimiser's moments, and their values are noted; after it they are put back, so that
+    momentum and weight decay cannot move them. Moments that were there before fade out, as under zero gradients.
+
+    A head of Q, K or V owns its entries of the bias too; the bias of O belongs to all heads together and trains. Under
+    grouped-query attention a K or V head serves several query heads; the report at the start of training names them.
+
+    The cells are a list, or those of a heatmap (a file, or that of the monitor in the same Trainer) with the worst
+    score. A monitor's first heatmap within the range decides; the choice goes into checkpoints.
+
+    Args:
+        cells: Names of cells, as in ``["L15.H8.O"]``.
+        heatmap: Heatmap file, or folder of a run.
+        monitor: Name of the ``InterferenceMonitor`` in the same Trainer.
+        score: Score by which cells are chosen from a heatmap.
+        pair: Task pair that they are chosen for, ``<task_a>__<task_b>``; the worst over all pairs by default.
+        top: Number of cells to choose from a heatmap.
+        threshold: Chooses the cells whose score is worse than this.
+        start_step: Optimiser step at which freezing starts.
+        stop_step: Optimiser step at which it ends; never by default.
+        start_epoch: Epoch at which it starts.
+        stop_epoch: Epoch at which it ends; never by default.
+        projections: Head map; found by ``find_projections`` by default.
+
+    Raises:
+        ValueError: If there is not exactly one source of cells, a name is no cell, or a number is out of range.
+
+    Example:
+        >>> freezer = HeadFreezer(["L15.H8.O", "L3.H0.K"], stop_epoch=2)
+        >>> freezer = HeadFreezer(heatmap="runs/demo", score="loss_rise", pair="math__code", top=8)
+    """
+
+    def __init__(
+        self,
+        cells: Sequence[str] | None = None,
+        heatmap: str | Path | None = None,
+        monitor: str | None = None,
+        score: str = "loss_rise",
+        pair: str | None = None,
+        top: int | None = None,
+        threshold: float | None = None,
+        start_step: int = 0,
+        stop_step: int | None = None,
+        start_epoch: int = 0,
+        stop_epoch: int | None = None,
+        projections: Sequence[Projection] | None = None,
+    ) -> None:
+        if sum(source is not None for source in (cells, heatmap, monitor)) != 1:
+            raise ValueError("HeadFreezer: expected exactly one of cells, heatmap and monitor.")
+        if (top is None) == (threshold is None) and cells is None:
+            raise ValueError(
+                "HeadFreezer: expected one of top and threshold, to choose cells from a heatmap."
+            )
+        if cells is not None and (top is not None or threshold is not None or pair is not None):
+            raise ValueError(
+                "HeadFreezer: top, threshold and pair choose from a heatmap, expected none beside cells."
+            )
+        if score not in SCORES:
+            raise ValueError(f"HeadFreezer: score is {score!r}, expected one of {', '.join(SCORES)}.")
+        if top is not None and top < 1:
+            raise ValueError(f"HeadFreezer: top is {top}, expected at least 1.")
+        for unit, start, stop in (("step", start_step, stop_step), ("epoch", start_epoch, stop_epoch)):
+            if start < 0 or (stop is not None and stop <= start):
+                raise ValueError(
+                    f"HeadFreezer: start_{unit} is {start} and stop_{unit} {stop}, expected 0 <= start < stop."
+                )
+        self.heatmap, self.monitor = heatmap, monitor
+        self.score, self.pair, self.top, self.threshold = score, pair, top, threshold
+        self.start_step, self.stop_step = start_step, stop_step
+        self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
+        self.projections = projections
+        self.cells: tuple[str, ...] = () if cells is None else tuple(dict.fromkeys(cells))
+        """Names of the cells that are frozen, or will be; empty until a heatmap has decided."""
+        self.num_frozen = 0
+        """Weights and biases in them, over all processes."""
+        self._map: dict[str, tuple[Projection, int]] = {}
+        self._slices: list[_FrozenSlice] = []
+        self._thawed = False
+        self._in_range = False
+        self._handles: list[Any] = []
+        for name in self.cells:
+            if not CELL.fullmatch(name):
+                raise ValueError(f"HeadFreezer: {name!r} is no cell, expected a name such as 'L15.H8.O'.")
+
+    def thaw(self) -> None:
+        """Let everything train again, from the next step on."""
+        self._thawed = True
+
+    # When
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Place the heads, before anything is compiled."""
+        projections = list(self.projections or find_projections(pl_module))
+        self._map = {
+            f"L{projection.layer}.H{head}.{projection.block}": (projection, head)
+            for projection in projections
+            for head in range(projection.num_heads)
+        }
+        if self.heatmap is not None and not self.cells:
+            self._choose(InterferenceHeatmap.load(find_latest(Path(self.heatmap))))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the weights, and stand around every optimiser's step."""
+        if self.cells:
+            self._find_slices(pl_module)
+        for optimizer in trainer.optimizers:
+            self._handles += [
+                optimizer.register_step_pre_hook(self._before_step),
+                optimizer.register_step_post_hook(self._after_step),
+            ]
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """See whether this step is in the range, and whether the monitor has a heatmap by now."""
+        self._in_range = (
+            self.start_step <= trainer.global_step < (self.stop_step or 2**62)
+            and self.start_epoch <= trainer.current_epoch < (self.stop_epoch or 2**62)
+            and not self._thawed
+        )
+        if self.monitor is not None and not self.cells and self._in_range:
+            heatmap = _find_monitor(trainer, self.monitor).heatmap
+            if heatmap is not None:
+                self._choose(heatmap)
+                self._find_slices(pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Remove the gradients, before they are clipped."""
+        if self._is_active:
+            for one in self._slices:
+                one.remove_gradient()
+
+    @property
+    def _is_active(self) -> bool:
+        return self._in_range and not self._thawed
+
+    def _before_step(self, *_: Any) -> None:
+        if self._is_active:
+            for one in self._slices:
+                one.remove_gradient()
+                one.remember()
+
+    def _after_step(self, *_: Any) -> None:
+        for one in self._slices:
+            one.put_back()
+
+    # What
+
+    def _choose(self, heatmap: InterferenceHeatmap) -> None:
+        """Take the worst cells of a heatmap.
+
+        Raises:
+            ValueError: If it is of another model.
+        """
+        falling = SCORES[self.score].falling
+        worst: dict[str, float] = {}
+        selection = select(heatmap, self.pair, self.score)
+        for a, b in selection.pairs:
+            for cell in selection.cells(heatmap, a, b):
+                harm = -cell.value if falling else cell.value
+                worst[cell.name] = max(harm, worst.get(cell.name, harm))
+                info = heatmap.layers[cell.layer].blocks[cell.block]
+                projection = self._map[cell.name][0] if cell.name in self._map else None
+                if projection is None or projection.module_name != info.module_name:
+                    raise ValueError(
+                        f"The heatmap's {cell.name} is in `{info.module_name}`, which in this model is "
+                        f"{'no cell' if projection is None else f'`{projection.module_name}`'}. Expected a heatmap of "
+                        "this model."
+                    )
+        order = sorted(worst, key=lambda name: -worst[name])
+        if self.threshold is not None:
+            limit = -self.threshold if falling else self.threshold
+            order = [name for name in order if worst[name] > limit]
+        self.cells = tuple(order[: self.top])
+
+    def _find_slices(self, model: nn.Module) -> None:
+        """Find the weights of the cells, and say how many they are.
+
+        Raises:
+            ValueError: If the model has no such cell, or its weights cannot be held still.
+        """
+        self._slices, self.num_frozen = [], 0
+        features: dict[tuple[str, int], list[int]] = {}
+        notes = []
+        for name in self.cells:
+            if name not in self._map:
+                raise ValueError(f"The model has no cell {name}; it has {_range(list(self._map))}.")
+            projection, head = self._map[name]
+            weight = find_weight(model, projection)
+            own = projection.head_features[head].tolist()
+            features.setdefault((weight.parameter_name, weight.axis), []).extend(own)
+            if weight.bias_name is not None:
+                features.setdefault((weight.bias_name, 0), []).extend(own)
+            group = projection.query_group
+            if group > 1:
+                served = ", ".join(str(head * group + i) for i in range(group))
+                notes.append(f"{name} serves the query heads {served}")
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for (name, axis), indices in features.items():
+            parameter = model.get_parameter(name)
+            self._slices.append(_FrozenSlice(parameter, axis, indices))
+            self.num_frozen += len(indices) * parameter.numel() // parameter.shape[axis]
+            others = [other for other in names[id(parameter)] if other != name]
+            if others:
+                notes.append(f"`{name}` is the same weight as `{'`, `'.join(others)}`")
+        total = sum(parameter.numel() for parameter in model.parameters())
+        rank_zero_info(
+            f"HeadFreezer: {self.num_frozen:,} of {total:,} weights do not train, in {len(self.cells)} cells: "
+            f"{', '.join(self.cells) or 'none'}." + "".join(f" {note}." for note in notes)
+        )
+
+    # What outlives a run, and when it ends
+
+    def state_dict(self) -> dict[str, Any]:
+        """The cells, and whether they were thawed."""
+        return {"cells": list(self.cells), "thawed": self._thawed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the cells that a heatmap had decided on."""
+        if not self.cells:
+            self.cells = tuple(state_dict["cells"])
+        self._thawed = bool(state_dict["thawed"])
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the optimisers as they were found."""
+        self._remove()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the optimisers as they were found."""
+        self._remove()
+
+    def _remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._slices = [], []
+
+
+@dataclass(eq=False)
+class _FrozenSlice:
+    """Rows or columns of one parameter, or of this process's part of it."""
+
+    parameter: nn.Parameter
+    axis: int
+    features: list[int]
+    _indices: Tensor | None = None
+    _before: Tensor | None = None
+
+    def _part(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
+        part, start = local_part(tensor, self.axis)
+        if self._indices is None:
+            own = [i - start for i in self.features if start <= i < start + part.shape[self.axis]]
+            self._indices = torch.tensor(own, dtype=torch.int64, device=part.device)
+        return part, self._indices
+
+    @torch.no_grad()
+    def remove_gradient(self) -> None:
+        if self.parameter.grad is not None:
+            part, indices = self._part(self.parameter.grad)
+            part.index_fill_(self.axis, indices, 0.0)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        part, indices = self._part(self.parameter)
+        self._before = part.index_select(self.axis, indices)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        if self._before is not None:
+            part, indices = self._part(self.parameter)
+            part.index_copy_(self.axis, indices, self._before)
+            self._before = None
+
+
+def _find_monitor(trainer: Trainer, name: str) -> InterferenceMonitor:
+    """The monitor of that name.
+
+    Raises:
+        ValueError: If the trainer has none.
+    """
+    monitors = {one.name: one for one in trainer.callbacks if isinstance(one, InterferenceMonitor)}  # type: ignore[attr-defined]
+    if name not in monitors:
+        raise ValueError(
+            f"HeadFreezer: the Trainer has no InterferenceMonitor named {name!r}; it has {', '.join(monitors) or 'none'}. "
+            "Add InterferenceMonitor() to its callbacks."
+        )
+    return monitors[name]
+
+
+def _range(names: list[str]) -> str:
+    return f"{names[0]} to {names[-1]}" if len(names) > 8 else ", ".join(names)
