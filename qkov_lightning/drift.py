@@ -179,10 +179,20 @@ def check_drift(
         )
     ]
     freedom = min(
-        int(heatmap.notes.get("degrees_of_freedom", count - 1))
+        _degrees_of_freedom(heatmap, count)
         for heatmap, count in zip((baseline, current), num_samples, strict=True)
     )
     return _decide(judged, baseline, num_samples, same_samples, freedom, scores, tolerance, alpha)
+
+
+def _degrees_of_freedom(heatmap: InterferenceHeatmap, num_samples: int) -> int:
+    freedom = heatmap.notes.get("degrees_of_freedom", num_samples - 1)
+    if not isinstance(freedom, int) or freedom < 1:
+        raise NotComparableError(
+            f"A heatmap says that its standard errors have {freedom!r} degrees of freedom, expected a whole number of at "
+            "least 1: measure it again."
+        )
+    return freedom
 
 
 def _measured_the_same_samples(baseline: InterferenceHeatmap, current: InterferenceHeatmap) -> bool:
@@ -280,16 +290,10 @@ def _rise_error(
     if same_samples and old.replicates is not None and new.replicates is not None:
         error = jackknife_error((new.replicates - old.replicates) @ weights.T)
     else:
-        error = torch.hypot(*(_mean_error(one, weights) for one in (old, new)))
+        # How cells vary together is not used: were they one and the same cell up to scale, the standard error of the
+        # mean would be the mean of the standard errors; it is never more.
+        error = torch.hypot(weights @ old.errors, weights @ new.errors)
     return error.clamp(min=ROUNDING * float(torch.stack([old.values, new.values]).abs().max()))
-
-
-def _mean_error(cells: _Cells, weights: Float[Tensor, "quantity cell"]) -> Float[Tensor, quantity]:
-    if cells.replicates is not None:
-        return jackknife_error(cells.replicates @ weights.T)
-    # How cells vary together is not known. Were they one and the same cell up to scale, the standard error of the
-    # mean would be the mean of the standard errors; it is never more.
-    return weights @ cells.errors
 
 
 def _decide(

@@ -327,7 +327,7 @@ class InterferenceHeatmap:
                 "the version that wrote it."
             )
         try:
-            return cls(
+            heatmap = cls(
                 tasks=tuple(data["tasks"]),
                 layers=tuple(
                     Layer(
@@ -343,11 +343,35 @@ class InterferenceHeatmap:
                 step=int(data["step"]),
                 epoch=int(data["epoch"]),
                 pairs=tuple(SamplePair(**pair) for pair in data["pairs"]),
-                notes=data["notes"],
+                notes=dict(data["notes"]),
                 replicates={name: _from_nested(v) for name, v in data.get("replicates", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
+        heatmap._check_shapes()
+        return heatmap
+
+    def _check_shapes(self) -> None:
+        """Refuse a file whose numbers do not belong together.
+
+        Raises:
+            HeatmapError: If a tensor has another shape than tasks and layers say.
+        """
+        tasks, cells = len(self.tasks), tuple(self.num_samples.shape[1:])
+        if self.num_samples.ndim != 4 or self.num_samples.shape[0] != tasks or cells[0] != self.num_layers:
+            raise HeatmapError(
+                f"num_samples has the shape {tuple(self.num_samples.shape)}, expected {tasks} tasks, {self.num_layers} layers, "
+                "heads and blocks."
+            )
+        tensors = [(what, name, values) for what in ("scores", "standard_errors", "replicates")
+                   for name, values in getattr(self, what).items()]  # fmt: skip
+        for what, name, values in tensors:
+            shape = tuple(values.shape[1:] if what == "replicates" else values.shape)
+            if shape != (tasks, tasks, *cells):
+                raise HeatmapError(
+                    f"{what} of {name!r} have the shape {tuple(values.shape)}, expected {(tasks, tasks, *cells)} for "
+                    f"{tasks} tasks and {self.num_layers} layers."
+                )
 
 
 def safe_name(name: str) -> str:

@@ -136,6 +136,36 @@ def test_what_cannot_be_compared_exits_with_3(
             assert message in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tasks", ["code"]),
+        ("tasks", ["code", "math", "prose"]),
+        ("layers", []),
+        ("num_samples", [3, 3]),
+        ("num_samples", None),
+        ("scores", {"relative": [[1.0]], "cosine": [[1.0]]}),
+        ("scores", {}),
+        ("standard_errors", {"relative": 1.0}),
+        ("replicates", {"relative": [1.0, 2.0]}),
+        ("notes", None),
+        ("notes", {"degrees_of_freedom": "many"}),
+        ("notes", {"degrees_of_freedom": 0}),
+        ("blocks", 3),
+    ],
+)
+@pytest.mark.parametrize("which", ["baseline", "run"])
+def test_a_damaged_file_is_never_taken_for_drift(
+    files: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: object, which: str
+) -> None:
+    data = json.loads(make_heatmap().to_json())
+    data[key] = value
+    Path("damaged.json").write_text(json.dumps(data))
+    pair = ("same", "damaged.json") if which == "baseline" else ("damaged.json", "baseline.json")
+    status = qkov(monkeypatch, "gate", pair[0], "--baseline", pair[1])
+    assert status == (0 if key == "blocks" else 3)
+
+
 def test_every_format_says_the_same(
     files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

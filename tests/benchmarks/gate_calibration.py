@@ -297,7 +297,7 @@ def draw_figure(results: dict, runs: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=400, help="null pairs")
-    parser.add_argument("--runs", type=int, default=60, help="runs of the gate for each planted drift")
+    parser.add_argument("--runs", type=int, default=40, help="runs of the gate for each planted drift")
     parser.add_argument("--pool", type=int, default=1024, help="samples of each task to draw from")
     parser.add_argument("--figure", type=Path, default=EXAMPLES / "gate_calibration.png")
     arguments = parser.parse_args()
