@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from models import Classifier, Conv1D, FusedAttention, GroupedAttention
+from models import CausalSelfAttention, Classifier, Conv1D, GroupedAttention
 from modules import Module, loader, trainer
 from torch import Tensor, nn
 
@@ -139,7 +139,9 @@ def test_clipping_does_not_feel_frozen_gradients(tmp_path: Path) -> None:
 @pytest.mark.parametrize("conv", [True, False], ids=["Conv1D", "Linear"])
 def test_fused_projections_hold_still_head_by_head(tmp_path: Path, conv: bool) -> None:
     cells = ["L0.H0.Q", "L0.H2.K", "L1.H1.V", "L1.H2.O"]
-    module = Optimised(adamw, network=Classifier([FusedAttention(conv=conv) for _ in range(2)], width=12))
+    module = Optimised(
+        adamw, network=Classifier([CausalSelfAttention(conv=conv) for _ in range(2)], width=12)
+    )
     before = cell_values(module)
     trainer(tmp_path, HeadFreezer(cells)).fit(module, loader(12))
     assert_only_frozen(before, cell_values(module), cells)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-from models import Classifier, FusedAttention, GroupedAttention
+from models import CausalSelfAttention, Classifier, GroupedAttention
 from modules import Module, loader, trainer
 from test_monitor import assert_heatmap_is
 
@@ -29,7 +29,7 @@ class WithAdam(Module):
 
 @pytest.mark.parametrize("conv", [True, False], ids=["Conv1D", "Linear"])
 def test_weights_have_the_order_of_the_gradients(conv: bool) -> None:
-    model = Classifier([FusedAttention(conv=conv)], width=12)
+    model = Classifier([CausalSelfAttention(conv=conv)], width=12)
     for projection in find_projections(model):
         weight = find_weight(model, projection)
         values = model.get_parameter(weight.parameter_name).detach()
