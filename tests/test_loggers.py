@@ -4,6 +4,7 @@ import csv
 import json
 import sqlite3
 import struct
+import time
 import sys
 import warnings
 import zipfile
@@ -83,10 +84,14 @@ def test_wandb_holds_captioned_images_an_interactive_heatmap_and_the_long_table(
     directory = Path(trainer.logger.experiment.dir)
     wandb.finish()
     (log,) = directory.parent.glob("*.wandb")
+    records: list[Any] = []
+    deadline = time.monotonic() + 60
+    # A process of its own writes the file, and goes on after `finish` has returned.
+    while not any(record.WhichOneof("record_type") == "exit" for record in records):
+        assert time.monotonic() < deadline, "the run's file never came to its end"
+        records = [wandb_internal_pb2.Record.FromString(data) for data in wandb_records(log.read_bytes())]
     history: list[dict[str, Any]] = []
-    for data in wandb_records(log.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records:
         if record.WhichOneof("record_type") == "history":
             row: dict[str, Any] = {}
             for item in record.history.item:
