@@ -4,8 +4,8 @@ import csv
 import json
 import sqlite3
 import struct
-import time
 import sys
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator
