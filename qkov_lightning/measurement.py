@@ -19,6 +19,7 @@ from qkov_lightning.heatmap import BlockInfo, Cell, InterferenceHeatmap, Layer, 
 from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection, damped, sample_pairs
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import BLOCKS, Block, Projection, num_heads, num_layers
+from qkov_lightning.sampling import Coordinates, stored_name, stored_projection
 from qkov_lightning.streaming import HELD_BYTES, CacheReader, HeadGradients, head_gradients_of, restricted
 
 PAIRS_PER_CELL = 3
@@ -57,6 +58,7 @@ def measure_interference(
     step_size: float = STEP_SIZE,
     rates: Rates | None = None,
     num_hot_cells: int = 10,
+    coordinates: Coordinates | None = None,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -82,6 +84,7 @@ def measure_interference(
         step_size: Length of the step along it.
         rates: What the optimiser multiplies a gradient with, instead of the direction.
         num_hot_cells: Cells per task pair whose sample pairs are searched.
+        coordinates: Weights that the cache holds of each head; all of them by default.
         device: Where the arithmetic runs.
         rank: This process; it takes every ``world_size``-th layer.
         world_size: Number of processes.
@@ -96,12 +99,14 @@ def measure_interference(
         The heatmap, the same in every process; None if the cache is empty.
 
     Raises:
-        CacheError: If the Fisher cannot be written or read, or there are too many tasks for a heatmap.
+        CacheError: If the Fisher cannot be written or read, if there are too many tasks for a heatmap, or if the cache
+            holds other weights than the coordinates say.
     """
     selected = cache.records()
     if not selected:
         return None
     records = [record for record, _ in selected]
+    _check_coordinates(records, coordinates)
     masks = {record.path: mask for record, mask in selected}
     tasks = sorted({
         record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
@@ -124,9 +129,9 @@ def measure_interference(
             previous = EmpiricalFisher(fisher_decay)
             if previous_fisher and (path := _fisher_path(previous_fisher, projection)).exists():
                 previous = EmpiricalFisher.load(path, device)
-            own_rates = None if rates is None else rates[projection.layer, projection.block].to(device)
+            own_rates = _rates(projection, rates, coordinates)
             parts = []
-            for gradients in head_gradients_of(reader, projection):
+            for gradients in head_gradients_of(reader, _stored(projection, coordinates)):
                 fisher = previous.part(gradients.heads)
                 _fold(fisher, gradients, folded_until)
                 parts.append(fisher)
@@ -138,7 +143,8 @@ def measure_interference(
                         layer=projection.layer,
                         block=projection.block,
                         first_head=gradients.heads.start,
-                        rates=None if own_rates is None else own_rates[gradients.heads],
+                        rates=None if own_rates is None else own_rates[gradients.heads].to(device),
+                        weights=_weights(projection, coordinates, gradients.heads),
                     )
             whole = EmpiricalFisher.joined(parts) if parts else previous
             if whole.tasks:
@@ -162,13 +168,59 @@ def measure_interference(
     )
     pairs: list[SamplePair] = []
     try:
-        pairs = _hottest_pairs(heatmap, own, reader, masks, fisher_directory, damping, num_hot_cells)
+        pairs = _hottest_pairs(
+            heatmap, own, reader, masks, fisher_directory, damping, num_hot_cells, coordinates
+        )
     except CacheError as error:
         failure = error
     agree(failure)
     pairs = gather(pairs)
     pairs.sort(key=lambda pair: -pair.value)
     return replace(heatmap, pairs=tuple(pairs))
+
+
+def _stored(projection: Projection, coordinates: Coordinates | None) -> Projection:
+    return projection if coordinates is None else stored_projection(projection)
+
+
+def _weights(
+    projection: Projection, coordinates: Coordinates | None, heads: slice
+) -> Float[Tensor, "head replicate coordinate"] | None:
+    if coordinates is None:
+        return None
+    return coordinates.slices[stored_name(projection)].weight[heads]
+
+
+def _rates(
+    projection: Projection, rates: Rates | None, coordinates: Coordinates | None
+) -> Float[Tensor, "head weight"] | None:
+    """Rates of the weights that the cache holds."""
+    if rates is None:
+        return None
+    whole = rates[projection.layer, projection.block]
+    if coordinates is None:
+        return whole
+    drawn = coordinates.slices[stored_name(projection)]
+    num_other = drawn.slice_size // projection.head_dim
+    return whole.gather(1, (drawn.own * num_other + drawn.other).flatten(1).to(whole.device))
+
+
+def _check_coordinates(records: Sequence[CacheRecord], coordinates: Coordinates | None) -> None:
+    """Refuse a cache of other weights.
+
+    Raises:
+        CacheError: If there is a record of some.
+    """
+    expected = None if coordinates is None else coordinates.fingerprint
+    for record in records:
+        if record.fingerprint != expected:
+            kinds = [
+                "exact factors" if mark is None else f"gradients at the sampled weights {mark}"
+                for mark in (record.fingerprint, expected)
+            ]
+            raise CacheError(
+                f"Cache file {record.path} holds {kinds[0]}, expected {kinds[1]}. Give each run a cache directory of its own."
+            )
 
 
 def _fisher_path(directory: Path, projection: Projection) -> Path:
@@ -225,6 +277,7 @@ def _hottest_pairs(
     fisher_directory: Path,
     damping: float,
     num_hot_cells: int,
+    coordinates: Coordinates | None,
 ) -> list[SamplePair]:
     """The strongest sample pairs of each hot cell in the given projections."""
     hot: dict[tuple[int, str], list[Cell]] = {}
@@ -239,7 +292,12 @@ def _hottest_pairs(
         fisher = EmpiricalFisher.load(_fisher_path(fisher_directory, projection), reader.device).pooled()
         for head in sorted({cell.head for cell in cells}):
             own = [cell for cell in cells if cell.head == head]
-            ids, matrices = _pair_matrices(own, projection, reader, masks, fisher[head], damping)
+            weights = _weights(projection, coordinates, slice(head, head + 1))
+            each = None if weights is None else weights.to(fisher).flatten(1)
+            # A pair is a sum over weights: one that stands for many is divided by less.
+            denominator = damped(fisher[head][None], damping, each) / (1 if each is None else each)
+            stored = _stored(projection, coordinates)
+            ids, matrices = _pair_matrices(own, stored, reader, masks, denominator[0])
             if not matrices:
                 continue  # the files were deleted since the cell was scored, which has been warned of
             for cell, matrix in zip(own, matrices, strict=True):
@@ -259,8 +317,7 @@ def _pair_matrices(
     projection: Projection,
     reader: CacheReader,
     masks: dict[Path, Bool[Tensor, sample]],
-    fisher: Float[Tensor, weight],
-    damping: float,
+    denominator: Float[Tensor, weight],
 ) -> tuple[dict[str, list[str]], list[Tensor]]:
     """Identifiers of the samples by task, and for cells of one head the interference of all their pairs.
 
@@ -268,7 +325,7 @@ def _pair_matrices(
     """
     head = slice(cells[0].head, cells[0].head + 1)
     tasks = {task for cell in cells for task in (cell.task_a, cell.task_b)}
-    denominator = damped(fisher[None], damping)[0].view(projection.head_dim, -1)
+    denominator = denominator.view(projection.head_dim, -1)
     num_samples = sum(len(record.samples) for record in reader.readable(projection.module_name))
     feature_bytes = num_samples * reader.slice_bytes(projection) // projection.head_dim
     matrices: list[Tensor | None] = [None] * len(cells)

@@ -135,6 +135,7 @@ MODES: dict[str, dict[str, Any]] = {
     "probe, one process": {"sizes": ALL, "probe": True},
     "probe": {"sizes": EVEN, "probe": True},
     "fsdp, probe": {"sizes": EVEN, "sharded": True, "probe": True},
+    "sampled": {"sizes": EVEN, "sampled": True},
     "not shared": {"sizes": EVEN, "meddler": OwnDirectory},
     "no directory": {"sizes": EVEN, "learning_rate": 0.05, "meddler": no_directory},
     "full while training": {
@@ -160,12 +161,17 @@ def fit(
     split: int = 1,
     accumulate: int = 1,
     probe: bool = False,
+    sampled: bool = False,
     seconds: int = 120,
     learning_rate: float = 0.0,
     monitor: bool = True,
     meddler: Callable[[InterferenceMonitor, Path], Callback] | None = None,
 ) -> None:
-    watching = InterferenceMonitor(every_n_steps=1, probe=DataLoader(Samples(8), 4) if probe else None)
+    watching = InterferenceMonitor(
+        every_n_steps=1,
+        probe=DataLoader(Samples(8), 4) if probe else None,
+        storage="sampled" if sampled else "auto",
+    )
     callbacks: list[Callback] = [] if meddler is None else [meddler(watching, root)]
     callbacks += [watching] if monitor else []
     timeout = timedelta(seconds=seconds)
@@ -174,6 +180,9 @@ def fit(
         sizes_of_mesh = {"data_parallel_size": 2 // split, "tensor_parallel_size": split}
         strategy = ModelParallelStrategy(**sizes_of_mesh, timeout=timeout)
     module = InOrder(sizes, layers, sharded, learning_rate=learning_rate)
+    if sampled:  # heads of more weights than are kept
+        attention = GroupedAttention(width=64, heads=2, kv_heads=1, size=16, value_size=16)
+        module.network = Classifier([attention, attention], width=64)
     fit = trainer(
         root,
         *callbacks,

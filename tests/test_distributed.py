@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from modules import Module, loader, trainer
 from torch import Tensor
 
-from qkov_lightning import InterferenceHeatmap, InterferenceMonitor
+from qkov_lightning import GradientCache, InterferenceHeatmap, InterferenceMonitor
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
@@ -169,3 +169,14 @@ def test_a_process_that_stops_in_the_middle_of_a_measurement_holds_the_other_unt
     """It neither dies nor answers: only the timeout of the process group can end the wait."""
     assert runs.codes["stops"] == [1, "stopped"], runs.output("stops")
     assert "imed out" in runs.output("stops")
+
+
+def test_two_processes_keep_the_same_sampled_weights(runs: Runs) -> None:
+    """Each sees one task, so that each alone would draw others; process 0 draws for both."""
+    heatmap = runs.heatmap("sampled")
+    assert heatmap.notes["storage"] == "sampled"
+    (cache,) = (runs.root / "sampled" / "interference" / "cache").iterdir()
+    records = [record for record, _ in GradientCache(cache, rank=999).records()]
+    assert {record.rank for record in records} == {0, 1}
+    assert {record.fingerprint for record in records} == {heatmap.notes["sampling"]["fingerprint"]}
+    assert not heatmap.values("math", "code")[0, :, 0].isnan().all()

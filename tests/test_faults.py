@@ -39,6 +39,8 @@ class Meddler(Callback):
 
     def on_train_batch_end(self, *arguments: Any) -> None:
         if arguments[-1] == 2:
+            for callback in arguments[0].callbacks:
+                callback.state_dict()  # waits for what is being written
             (cache,) = (self.root / "interference" / "cache").iterdir()
             self.meddle(cache)
 
