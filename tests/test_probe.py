@@ -306,7 +306,9 @@ def test_the_monitor_measures_its_probe_at_the_weights_of_the_moment(
 ) -> None:
     monitor = InterferenceMonitor(probe=probe or Data().probe_dataloader())
     model, _ = fit(tmp_path, monitor)
-    expected = probe_interference(model, Data().probe_dataloader())
+    expected = probe_interference(
+        model, Data().probe_dataloader(), update="sgd"
+    )  # as the trainer's optimiser
     assert monitor.heatmap is not None
     assert monitor.heatmap.samples_per_task == {"code": 8, "math": 8}
     for score in expected.scores:
