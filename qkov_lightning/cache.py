@@ -22,6 +22,7 @@ from torch import Tensor
 from qkov_lightning.capture import CapturedStep, GradientFactors
 from qkov_lightning.gradients import DenseGradients, dense_gradients
 from qkov_lightning.samples import Samples
+from qkov_lightning.sampling import SampledStep
 
 SCHEMA_VERSION = 1
 
@@ -42,6 +43,7 @@ class CacheRecord:
         scales: Factor per sample that turns its gradient into that of its own loss.
         modules: For each module, the names of its tensors in the file.
         checksums: CRC-32 of each tensor.
+        fingerprint: Of the coordinates that its gradients were kept at; None if they are exact.
         num_bytes: Size of the file.
     """
 
@@ -52,6 +54,7 @@ class CacheRecord:
     scales: Float[Tensor, sample]
     modules: dict[str, dict[str, str]]
     checksums: dict[str, int]
+    fingerprint: int | None
     num_bytes: int
 
     def read(
@@ -125,7 +128,7 @@ class GradientCache:
             raise CacheError(f"The cache directory {self.directory} cannot be written: {error}") from error
         self._own = self._scan_own()
 
-    def append(self, step: int, captured: Sequence[CapturedStep]) -> None:
+    def append(self, step: int, captured: Sequence[CapturedStep | SampledStep]) -> None:
         """Add one training step, or more samples of it, then drop what the budget no longer covers.
 
         Args:
@@ -138,7 +141,7 @@ class GradientCache:
         earlier_parts = sum(record.step == step for record in self._own)
         for part, one in enumerate(captured, start=earlier_parts):
             path = self.directory / f"{step:010d}-{self._rank:05d}-{part:03d}.safetensors"
-            tensors, header = _pack(one)
+            tensors, header = _pack(one) if isinstance(one, CapturedStep) else _pack_sampled(one)
             header |= {"schema": SCHEMA_VERSION, "step": step, "rank": self._rank}
             size = sum(t.numel() * t.element_size() for t in tensors.values())
             if size > self._window_bytes:
@@ -323,6 +326,19 @@ def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
                 "grad_output": f"grad_output/{name}",
                 "offsets": f"offsets/{group}",
             }
+    return _finished(step, tensors, modules)
+
+
+def _pack_sampled(step: SampledStep) -> tuple[dict[str, Tensor], dict[str, object]]:
+    tensors = {f"gradient/{name}": gradient for name, gradient in step.gradients.items()}
+    modules = {name: {"gradient": f"gradient/{name}"} for name in step.gradients}
+    tensors, header = _finished(step, tensors, modules)
+    return tensors, {**header, "coordinates": step.fingerprint}
+
+
+def _finished(
+    step: CapturedStep | SampledStep, tensors: dict[str, Tensor], modules: dict[str, dict[str, str]]
+) -> tuple[dict[str, Tensor], dict[str, object]]:
     tensors = _apart({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
     header: dict[str, object] = {
         "tasks": step.samples.tasks,
@@ -332,6 +348,44 @@ def _pack(step: CapturedStep) -> tuple[dict[str, Tensor], dict[str, object]]:
         "crc32": {key: _checksum(tensor) for key, tensor in tensors.items()},
     }
     return tensors, header
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """What a captured step would take on disk in exact storage, without its headers.
+
+    Attributes:
+        num_samples: Samples of the step.
+        num_bytes: Bytes of all of them.
+        tasks: Tasks that were seen.
+    """
+
+    num_samples: int
+    num_bytes: int
+    tasks: frozenset[str]
+
+    @classmethod
+    def of(cls, captured: Sequence[CapturedStep]) -> StepSize:
+        """Size of one process' share."""
+        num_bytes = 0
+        for step in captured:
+            sharing: dict[int, list[GradientFactors]] = {}
+            for factors in step.factors.values():
+                sharing.setdefault(id(factors.activation), []).append(factors)
+            num_bytes += sum(min(_dense_bytes(one), _factor_bytes(one)) for one in sharing.values())
+        tasks = frozenset(task for step in captured for task in step.samples.tasks)
+        return cls(sum(len(step.samples) for step in captured), num_bytes, tasks)
+
+    @classmethod
+    def total(cls, sizes: Sequence[StepSize]) -> StepSize:
+        """Of all processes."""
+        tasks = frozenset[str]().union(*(size.tasks for size in sizes))
+        return cls(sum(size.num_samples for size in sizes), sum(size.num_bytes for size in sizes), tasks)
+
+    @property
+    def bytes_per_sample(self) -> float:
+        """Mean over the samples."""
+        return self.num_bytes / max(1, self.num_samples)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -344,12 +398,20 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _dense_is_smaller(factors: Sequence[GradientFactors]) -> bool:
-    """Compare the bytes of modules that share an activation; dense gradients are kept in float32 or better."""
+    return _dense_bytes(factors) < _factor_bytes(factors)
+
+
+def _factor_bytes(factors: Sequence[GradientFactors]) -> int:
+    """Of modules that share an activation."""
+    return factors[0].activation.nbytes + sum(one.grad_output.nbytes for one in factors)
+
+
+def _dense_bytes(factors: Sequence[GradientFactors]) -> int:
+    """Dense gradients are kept in float32 or better."""
     num_samples = factors[0].offsets.numel() - 1
-    factor_bytes = factors[0].activation.nbytes + sum(one.grad_output.nbytes for one in factors)
     item = max(4, factors[0].activation.element_size())
     weights = sum(one.activation.shape[1] * one.grad_output.shape[1] for one in factors)
-    return num_samples * weights * item < factor_bytes
+    return num_samples * weights * item
 
 
 def _open(path: Path) -> CacheRecord:
@@ -371,6 +433,7 @@ def _open(path: Path) -> CacheRecord:
             scales=torch.tensor(header["scales"], dtype=torch.float64),
             modules=header["modules"],
             checksums=header["crc32"],
+            fingerprint=header.get("coordinates"),
             num_bytes=path.stat().st_size,
         )
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -187,9 +187,16 @@ SCORES: dict[str, Callable[[SliceStatistics], Estimate]] = {
 }
 
 
-def damped(fisher: Float[Tensor, "head weight"], damping: float) -> Float[Tensor, "head weight"]:
-    r""":math:`I + \epsilon`, the damping relative to the mean over the slice, so that units cancel."""
-    return fisher + damping * fisher.mean(dim=-1, keepdim=True)
+def damped(
+    fisher: Float[Tensor, "head weight"],
+    damping: float,
+    weights: Float[Tensor, "head weight"] | None = None,
+) -> Float[Tensor, "head weight"]:
+    r""":math:`I + \epsilon`, the damping relative to the (weighted) mean over the slice, so that units cancel."""
+    if weights is None:
+        return fisher + damping * fisher.mean(dim=-1, keepdim=True)
+    mean = (fisher * weights).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
+    return fisher + damping * mean
 
 
 def slice_statistics(
@@ -198,6 +205,7 @@ def slice_statistics(
     num_tasks: int,
     fisher: Float[Tensor, "head weight"],
     damping: float,
+    weights: Float[Tensor, "head weight"] | None = None,
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
@@ -208,6 +216,7 @@ def slice_statistics(
         num_tasks: Number of tasks.
         fisher: Fisher pooled over tasks.
         damping: Added to the Fisher, relative to its mean over the slice.
+        weights: How many weights of the slice each one stands for, where only some were kept.
 
     Returns:
         The statistics of the samples that belong to a task.
@@ -215,7 +224,8 @@ def slice_statistics(
     Raises:
         ValueError: If there is not one task per sample.
     """
-    inverse = 1 / damped(fisher, damping)
+    each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
+    inverse = each / damped(fisher, damping, weights)
     membership = torch.nn.functional.one_hot(task_indices + 1, num_tasks + 1)[:, 1:].to(fisher).T
     count = membership.sum(dim=1).clamp(min=1)[:, None, None]
     mean_gradient = fisher.new_zeros(num_tasks, *fisher.shape)
@@ -245,9 +255,9 @@ def slice_statistics(
             "sensitivity": _inner(square, sensitive_to),
             "push": _inner(absolute, pushed_by),
             "self_pair": _inner(square * absolute, inverse[None]).squeeze(1),
-            "absolute_norm": absolute.sum(dim=-1),
-            "alignment": _inner(chunk, mean_gradient),
-            "squared_norm": square.sum(dim=-1),
+            "absolute_norm": _inner(absolute, each[None]).squeeze(1),
+            "alignment": _inner(chunk, mean_gradient * each),
+            "squared_norm": _inner(square, each[None]).squeeze(1),
         }
         for name, result in results.items():
             parts.setdefault(name, []).append(result)
@@ -256,6 +266,52 @@ def slice_statistics(
         membership=membership[:, kept].double(),
         **{name: torch.cat(results).double()[kept] for name, results in parts.items()},
     )
+
+
+def sampled_estimate(
+    function: Callable[[SliceStatistics], Estimate], statistics: SliceStatistics, num_replicates: int
+) -> Estimate:
+    r"""A score from independent samples of the weights, their spread added to its variance.
+
+    Every replicate estimates each sum over weights without bias, and so does their mean. The sampling variance of the score
+    comes from leaving one of the R replicates out (Quenouille 1949, Tukey 1958):
+
+    .. math:: s^2 = \frac{R - 1}{R} \sum_{r=1}^{R} (\theta_{-r} - \bar\theta)^2
+
+    Args:
+        function: The score.
+        statistics: Statistics in which the replicates of a head stand side by side as if they were heads.
+        num_replicates: R.
+
+    Returns:
+        The score of every head.
+    """
+    whole = torch.arange(num_replicates)
+    estimate = function(_over_replicates(statistics, whole, num_replicates))
+    if num_replicates == 1:  # every weight was kept
+        return estimate
+    left_out = [
+        function(_over_replicates(statistics, whole[whole != replicate], num_replicates))
+        for replicate in range(num_replicates)
+    ]
+    values = torch.stack([one.value for one in left_out])
+    sampling_variance = values.var(dim=0, correction=0) * (num_replicates - 1)
+    # The variance over samples contains each sample's own share of the sampling error, which falls as 1 / R.
+    variances = torch.stack([one.variance for one in left_out]).mean(dim=0)
+    variance = (num_replicates * estimate.variance - (num_replicates - 1) * variances).clamp(min=0)
+    return Estimate(estimate.value, variance + sampling_variance)
+
+
+def _over_replicates(
+    statistics: SliceStatistics, replicates: Int[Tensor, replicate], num_replicates: int
+) -> SliceStatistics:
+    """Mean of the statistics over some replicates."""
+    sums = {name: value for name, value in vars(statistics).items() if name != "membership"}
+    means = {
+        name: value.unflatten(-1, (-1, num_replicates))[..., replicates].mean(dim=-1)
+        for name, value in sums.items()
+    }
+    return SliceStatistics(membership=statistics.membership, **means)
 
 
 def _inner(samples: Tensor, vectors: Tensor) -> Tensor:

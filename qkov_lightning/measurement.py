@@ -19,6 +19,7 @@ from qkov_lightning.heatmap import BlockInfo, Cell, InterferenceHeatmap, Layer, 
 from qkov_lightning.interference import SCORES, damped, sample_pairs
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import BLOCKS, Projection, num_heads, num_layers
+from qkov_lightning.sampling import Coordinates, stored_name, stored_projection
 from qkov_lightning.streaming import HELD_BYTES, CacheReader, HeadGradients, head_gradients_of, restricted
 
 PAIRS_PER_CELL = 3
@@ -40,6 +41,7 @@ def measure_interference(
     fisher_decay: float = 0.95,
     damping: float = 1e-3,
     num_hot_cells: int = 10,
+    coordinates: Coordinates | None = None,
     device: torch.device | str = "cpu",
     rank: int = 0,
     world_size: int = 1,
@@ -61,6 +63,7 @@ def measure_interference(
         fisher_decay: Decay of a new Fisher.
         damping: Added to the Fisher, relative to its mean over a slice.
         num_hot_cells: Cells per task pair whose sample pairs are searched.
+        coordinates: Weights that the cache holds of each head; all of them by default.
         device: Where the arithmetic runs.
         rank: This process; it takes every ``world_size``-th layer.
         world_size: Number of processes.
@@ -74,12 +77,14 @@ def measure_interference(
         The heatmap, the same in every process; None if the cache is empty.
 
     Raises:
-        CacheError: If the Fisher cannot be written or read, or there are too many tasks for a heatmap.
+        CacheError: If the Fisher cannot be written or read, if there are too many tasks for a heatmap, or if the cache
+            holds other weights than the coordinates say.
     """
     selected = cache.records()
     if not selected:
         return None
     records = [record for record, _ in selected]
+    _check_coordinates(records, coordinates)
     masks = {record.path: mask for record, mask in selected}
     tasks = sorted({
         record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
@@ -99,7 +104,7 @@ def measure_interference(
         if previous_fisher and (path := _fisher_path(previous_fisher, projection)).exists():
             previous = EmpiricalFisher.load(path, device)
         parts = []
-        for gradients in head_gradients_of(reader, projection):
+        for gradients in head_gradients_of(reader, _stored(projection, coordinates)):
             fisher = previous.part(gradients.heads)
             _fold(fisher, gradients, folded_until)
             parts.append(fisher)
@@ -111,6 +116,7 @@ def measure_interference(
                     layer=projection.layer,
                     block=projection.block,
                     first_head=gradients.heads.start,
+                    weights=_weights(projection, coordinates, gradients.heads),
                 )
         whole = EmpiricalFisher.joined(parts) if parts else previous
         if whole.tasks:
@@ -127,9 +133,41 @@ def measure_interference(
         epoch=epoch,
         notes=notes or {},
     )
-    pairs = gather(_hottest_pairs(heatmap, own, reader, masks, fisher_directory, damping, num_hot_cells))
+    pairs = gather(
+        _hottest_pairs(heatmap, own, reader, masks, fisher_directory, damping, num_hot_cells, coordinates)
+    )
     pairs.sort(key=lambda pair: -pair.value)
     return replace(heatmap, pairs=tuple(pairs))
+
+
+def _stored(projection: Projection, coordinates: Coordinates | None) -> Projection:
+    return projection if coordinates is None else stored_projection(projection)
+
+
+def _weights(
+    projection: Projection, coordinates: Coordinates | None, heads: slice
+) -> Float[Tensor, "head replicate coordinate"] | None:
+    if coordinates is None:
+        return None
+    return coordinates.slices[stored_name(projection)].weight[heads]
+
+
+def _check_coordinates(records: Sequence[CacheRecord], coordinates: Coordinates | None) -> None:
+    """Refuse a cache of other weights.
+
+    Raises:
+        CacheError: If there is a record of some.
+    """
+    expected = None if coordinates is None else coordinates.fingerprint
+    for record in records:
+        if record.fingerprint != expected:
+            kinds = [
+                "exact factors" if mark is None else f"gradients at the sampled weights {mark}"
+                for mark in (record.fingerprint, expected)
+            ]
+            raise CacheError(
+                f"Cache file {record.path} holds {kinds[0]}, expected {kinds[1]}. Give each run a cache directory of its own."
+            )
 
 
 def _fisher_path(directory: Path, projection: Projection) -> Path:
@@ -186,6 +224,7 @@ def _hottest_pairs(
     fisher_directory: Path,
     damping: float,
     num_hot_cells: int,
+    coordinates: Coordinates | None,
 ) -> list[SamplePair]:
     """The strongest sample pairs of each hot cell in the given projections."""
     hot: dict[tuple[int, str], list[Cell]] = {}
@@ -200,7 +239,12 @@ def _hottest_pairs(
         fisher = EmpiricalFisher.load(_fisher_path(fisher_directory, projection), reader.device).pooled()
         for head in sorted({cell.head for cell in cells}):
             own = [cell for cell in cells if cell.head == head]
-            ids, matrices = _pair_matrices(own, projection, reader, masks, fisher[head], damping)
+            weights = _weights(projection, coordinates, slice(head, head + 1))
+            each = None if weights is None else weights.to(fisher).flatten(1)
+            # A pair is a sum over weights: one that stands for many is divided by less.
+            denominator = damped(fisher[head][None], damping, each) / (1 if each is None else each)
+            stored = _stored(projection, coordinates)
+            ids, matrices = _pair_matrices(own, stored, reader, masks, denominator[0])
             for cell, matrix in zip(own, matrices, strict=True):
                 if cell.task_a == cell.task_b:
                     matrix.fill_diagonal_(-1)
@@ -218,8 +262,7 @@ def _pair_matrices(
     projection: Projection,
     reader: CacheReader,
     masks: dict[Path, Bool[Tensor, sample]],
-    fisher: Float[Tensor, weight],
-    damping: float,
+    denominator: Float[Tensor, weight],
 ) -> tuple[dict[str, list[str]], list[Tensor]]:
     """Identifiers of the samples by task, and for cells of one head the interference of all their pairs.
 
@@ -227,7 +270,7 @@ def _pair_matrices(
     """
     head = slice(cells[0].head, cells[0].head + 1)
     tasks = {task for cell in cells for task in (cell.task_a, cell.task_b)}
-    denominator = damped(fisher[None], damping)[0].view(projection.head_dim, -1)
+    denominator = denominator.view(projection.head_dim, -1)
     num_samples = sum(len(record.samples) for record in reader.readable(projection.module_name))
     feature_bytes = num_samples * reader.slice_bytes(projection) // projection.head_dim
     matrices: list[Tensor | None] = [None] * len(cells)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,19 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.facets import draw_strip, scale_of
-from qkov_lightning.interference import MIN_SAMPLES, SCORES, slice_statistics
+from qkov_lightning.interference import MIN_SAMPLES, SCORES, sampled_estimate, slice_statistics
 from qkov_lightning.projections import BLOCKS, Block
+
+
+class _Replicates:
+    """Chunks in which the samples of a head's weights stand side by side as if they were heads."""
+
+    def __init__(self, chunks: Iterable[Tensor], num_replicates: int) -> None:
+        self._chunks, self._num_replicates = chunks, num_replicates
+
+    def __iter__(self) -> Iterator[Float[Tensor, "chunk head_replicate coordinate"]]:
+        for chunk in self._chunks:
+            yield chunk.reshape(len(chunk), chunk.shape[1] * self._num_replicates, -1)
 
 
 class HeadInterference(Metric):
@@ -83,6 +94,7 @@ class HeadInterference(Metric):
         layer: int,
         block: Block,
         first_head: int = 0,
+        weights: Float[Tensor, "head replicate coordinate"] | None = None,
     ) -> None:
         """Add one projection, or some heads of it.
 
@@ -93,6 +105,8 @@ class HeadInterference(Metric):
             layer: Layer of the projection.
             block: Block of the projection.
             first_head: Head that the first row of ``gradients`` belongs to.
+            weights: Where only some weights of each head were kept, in independent samples one after the other: how
+                many weights each one stands for, over all samples. The sampling error is added to the standard errors.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
@@ -106,8 +120,15 @@ class HeadInterference(Metric):
                 f"layer {layer}, heads {heads.start} to {heads.stop - 1}: the metric was made for "
                 f"{num_layers} layers and {num_heads} heads."
             )
+        each: Tensor | None = None
+        replicates = 1
+        if weights is not None:
+            replicates = weights.shape[1]
+            each = replicates * weights.flatten(0, 1)  # of its own sample alone
+            chunks = _Replicates(chunks, replicates)
+            fisher = fisher.reshape(len(each), -1)
         statistics = slice_statistics(
-            chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping
+            chunks, indices.to(fisher.device), len(self.tasks), fisher, self.damping, each
         )
         cell = (..., layer, heads, BLOCKS.index(block))
         count = statistics.count
@@ -115,7 +136,7 @@ class HeadInterference(Metric):
         num_pairs = count[:, None] * (count[None, :] - torch.eye(len(count)).to(count))
         num_pairs = torch.where(enough[:, None] & enough[None, :], num_pairs, 0).unsqueeze(-1)
         for score, function in SCORES.items():
-            estimate = function(statistics)
+            estimate = sampled_estimate(function, statistics, replicates)
             # A NaN without pairs is "no data yet"; any other NaN (0 / 0) stays one.
             value = torch.where(num_pairs > 0, estimate.value * num_pairs, 0)
             variance = torch.where(num_pairs > 0, estimate.variance * num_pairs.square(), 0)

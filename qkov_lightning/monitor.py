@@ -10,25 +10,32 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from qkov_lightning.architectures import find_projections
-from qkov_lightning.cache import CacheError, GradientCache, adopt_directory
-from qkov_lightning.capture import GradientCapture, LossReduction
+from qkov_lightning.cache import CacheError, GradientCache, StepSize, adopt_directory, write_durably
+from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.figures import heatmap_figure, render, save_image
-from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair, safe_name
+from qkov_lightning.heatmap import InterferenceHeatmap, safe_name
 from qkov_lightning.loggers import send
 from qkov_lightning.measurement import measure_interference
 from qkov_lightning.probe import Probe, find_probe, probe_interference
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
+from qkov_lightning.sampling import Coordinates, sampled_bytes
 from qkov_lightning.tables import write_tables
 from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
 from qkov_lightning.writer import CacheWriter
+
+Storage = Literal["auto", "factors", "sampled"]
+"""What the cache keeps: exact factors, gradients at sampled weights, or whichever fits."""
+
+T = TypeVar("T")
 
 
 class InterferenceMonitor(Callback):
@@ -54,6 +61,10 @@ class InterferenceMonitor(Callback):
         every_n_steps: Capture every n-th training batch.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
+        storage: "factors" keeps exact gradients; "sampled" keeps them at 512 weights of each head, drawn once per run, with
+            a sampling error that is part of every standard error; "auto" takes sampled storage where the exact gradients
+            of ``max_samples_per_task`` samples of each task would not fit and sampled ones are smaller, and says at the
+            first captured step what it took.
         cache_dir: Where the cache goes; beside the other results by default. All processes must see it.
         fisher_decay: Decay of the Fisher's EMA per captured step.
         damping: Added to the Fisher, relative to its mean over a slice.
@@ -81,6 +92,7 @@ class InterferenceMonitor(Callback):
         every_n_steps: int = 10,
         max_samples_per_task: int = 128,
         max_cache_gb: float = 10.0,
+        storage: Storage = "auto",
         cache_dir: str | Path | None = None,
         fisher_decay: float = 0.95,
         damping: float = 1e-3,
@@ -98,6 +110,9 @@ class InterferenceMonitor(Callback):
         _check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
         _check("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2")
         _check("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number")
+        _check("storage", storage, storage in {"auto", "factors", "sampled"}, "auto, factors or sampled")
+        exact_probe = probe is None or storage != "sampled"
+        _check("storage", storage, exact_probe, "auto or factors: a probe measures exact gradients")
         _check("fisher_decay", fisher_decay, 0 <= fisher_decay < 1, "at least 0 and less than 1")
         _check("damping", damping, damping > 0, "a positive number")
         _check("num_hot_cells", num_hot_cells, num_hot_cells >= 0, "at least 0")
@@ -109,6 +124,7 @@ class InterferenceMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.max_samples_per_task = max_samples_per_task
         self.max_cache_gb = max_cache_gb
+        self.storage: Storage = storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.fisher_decay = fisher_decay
         self.damping = damping
@@ -120,6 +136,8 @@ class InterferenceMonitor(Callback):
         self._capture: GradientCapture | None = None
         self._cache: GradientCache | None = None
         self._writer: CacheWriter | None = None
+        self._chosen_storage = ""
+        self._coordinates: Coordinates | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Path | None = None
         self._run_id = ""
@@ -186,15 +204,84 @@ class InterferenceMonitor(Callback):
         self._counters["batches"] += 1
         if not (self._capture and self._capture.active):
             return
+        captured: list[CapturedStep] = []
         if outputs is None:  # training_step skipped the batch
             self._capture.discard()
-            return
-        captured = self._capture.finish(lambda: self._labels(batch))
+        else:
+            captured = self._capture.finish(lambda: self._labels(batch))
         try:
+            if not self._chosen_storage:
+                captured = self._choose_storage(trainer, captured)
             if self._writer and captured:
                 self._writer.submit(step, captured)
         except CacheError as error:
             self._switch_off(error)
+
+    def _choose_storage(self, trainer: Trainer, captured: list[CapturedStep]) -> list[CapturedStep]:
+        """Exact or sampled, the same in all processes, from the first captured step.
+
+        Returns:
+            What to write of this step: nothing while the first process has seen no finite gradient.
+
+        Raises:
+            CacheError: If the drawn weights cannot be written.
+        """
+        if self.storage == "factors":
+            self._chosen_storage = "factors"
+            return captured
+        usable = bool(captured) and all(one.is_finite for one in captured)
+        everyone = _gather([StepSize.of(captured)] if usable else [], trainer)
+        if not trainer.strategy.broadcast(usable):
+            self._counters["non_finite_steps"] += bool(captured)
+            return []
+        size = StepSize.total(everyone)
+        budget = int(self.max_cache_gb * 2**30) // 2  # the other half is for what checkpoints need
+        needed = size.bytes_per_sample * self.max_samples_per_task * len(size.tasks)
+        if self.storage == "auto":
+            sizes = (
+                f"{needed / 2**30:.3g} GiB for {self.max_samples_per_task} samples of {len(size.tasks)} tasks"
+            )
+            smaller = sampled_bytes(self._projections) < size.bytes_per_sample
+            chosen = "sampled" if needed > budget and smaller else "factors"
+            how = "exact" if chosen == "factors" else "sampled"
+            rank_zero_info(
+                f"InterferenceMonitor: {how} storage; exact gradients take {sizes}, and max_cache_gb={self.max_cache_gb:g} "
+                f"leaves {budget / 2**30:.3g} GiB for them."
+            )
+        else:
+            chosen = "sampled"
+        if chosen == "sampled":
+            path, failure = self._coordinates_path(), ""
+            if trainer.is_global_zero:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_durably(path, *Coordinates.draw(captured, self._projections).to_file())
+                except (CacheError, OSError) as error:
+                    failure = str(error)
+            if failure := trainer.strategy.broadcast(failure):
+                raise CacheError(failure)
+            self._sample_with(path)
+        self._chosen_storage = chosen
+        return captured if usable else []
+
+    def _sample_with(self, path: Path) -> None:
+        """Keep gradients at the weights of a file from now on.
+
+        Raises:
+            CacheError: If it cannot be read.
+        """
+        try:
+            coordinates = Coordinates.load(path)
+        except ValueError as error:
+            raise CacheError(str(error)) from error
+        self._coordinates = coordinates
+        if self._writer:
+            self._writer.store = lambda step: coordinates.sample(step, self._projections)
+
+    def _coordinates_path(self, cache: Path | None = None) -> Path:
+        if cache is None:
+            cache = self._cache.directory if self._cache else Path()
+        return cache / "sampling" / "coordinates.safetensors"
 
     def _drain(self) -> None:
         """Wait for what is on its way to the cache, and count it."""
@@ -248,13 +335,14 @@ class InterferenceMonitor(Callback):
                         fisher_decay=self.fisher_decay,
                         damping=self.damping,
                         num_hot_cells=self.num_hot_cells,
+                        coordinates=self._coordinates,
                         device=pl_module.device,
                         rank=trainer.global_rank,
                         world_size=trainer.world_size,
                         gather=lambda pairs: _gather(pairs, trainer),
                         step=trainer.global_step,
                         epoch=trainer.current_epoch,
-                        notes=dict(self._counters),
+                        notes=self._notes(),
                         on_projection=advance,
                     )
         except CacheError as error:
@@ -265,6 +353,11 @@ class InterferenceMonitor(Callback):
         if heatmap is not None:
             self.heatmap = heatmap
             self._publish(trainer, pl_module, heatmap)
+
+    def _notes(self) -> dict[str, Any]:
+        """Facts that the numbers rest on."""
+        notes: dict[str, Any] = {**self._counters, "storage": self._chosen_storage}
+        return notes if self._coordinates is None else {**notes, "sampling": self._coordinates.description}
 
     def _measure_probe(
         self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe
@@ -331,6 +424,7 @@ class InterferenceMonitor(Callback):
             "run_id": self._run_id,
             "cache": str(self._cache.directory) if self._cache else "",
             "fisher_step": self._fisher_step,
+            "storage": self._chosen_storage,
             "numbering": dict(self._capture.numbering) if self._capture else {},
         }
 
@@ -357,11 +451,13 @@ class InterferenceMonitor(Callback):
 
         Raises:
             CacheError: If a directory cannot be written.
-            ValueError: If the processes do not share the cache directory.
+            ValueError: If the processes do not share the cache directory, or the checkpoint's run stored something else.
         """
         state, self._restored = self._restored, None
         if state is None and self._cache is not None and trainer.global_step > 0:
             self._writer = CacheWriter(self._cache)  # `fit` called again: go on
+            if self._coordinates:
+                self._sample_with(self._coordinates_path())
             return
         self._run_id = trainer.strategy.broadcast(state["run_id"] if state else uuid.uuid4().hex[:8])
         self._results = Path(trainer.strategy.broadcast(str(self._results_directory(trainer))))
@@ -373,20 +469,32 @@ class InterferenceMonitor(Callback):
             max_samples_per_task=self.max_samples_per_task,
             max_bytes=int(self.max_cache_gb * 2**30),
         )
+        self._writer = CacheWriter(self._cache)
         self._counters = dict.fromkeys(self._counters, 0)
+        self._chosen_storage, self._coordinates = "", None
         self._fisher_step = 0
         if self._capture:
             self._capture.numbering.clear()
         if state:
             self._resume(state, self._cache, trainer.is_global_zero)
         self._checkpointed = [(self._counters["batches"], self._fisher_step)]
-        self._writer = CacheWriter(self._cache)
         self._check_shared(trainer, directory)
 
     def _resume(self, state: dict[str, Any], cache: GradientCache, is_global_zero: bool) -> None:
+        """Take over the state of a checkpoint.
+
+        Raises:
+            ValueError: If its run stored something else.
+        """
         self._counters = {key: int(state[key]) for key in self._counters}
         if self._capture:
             self._capture.numbering.update(state["numbering"])
+        stored = str(state.get("storage", "factors"))
+        if stored and self.storage not in {"auto", stored}:
+            raise ValueError(
+                f"InterferenceMonitor: storage is {self.storage!r}, but the checkpoint's run stores {stored!r}. Go on with "
+                f'storage="{stored}" (or "auto"), or give the new run no checkpoint.'
+            )
         old, step, fisher_step = Path(state["cache"]), self._counters["batches"], int(state["fisher_step"])
         if old != cache.directory and old.is_dir():
             cache.adopt(old, before=step)
@@ -399,6 +507,12 @@ class InterferenceMonitor(Callback):
             )
         cache.restart_at(step)
         self._fisher_step = fisher_step
+        drawn = self._coordinates_path(old)
+        if stored == "sampled" and drawn.exists():
+            if old != cache.directory:
+                adopt_directory(drawn.parent, self._coordinates_path().parent)
+            self._sample_with(self._coordinates_path())
+        self._chosen_storage = stored if stored == "factors" or self._coordinates else ""
 
     def _fisher_directory(self, step: int, cache: Path | None = None) -> Path:
         if cache is None:
@@ -483,13 +597,13 @@ def _check(name: str, value: object, valid: bool, expected: str) -> None:
         raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
 
 
-def _gather(pairs: list[SamplePair], trainer: Trainer) -> list[SamplePair]:
-    """The sample pairs of all processes."""
+def _gather(own: list[T], trainer: Trainer) -> list[T]:
+    """What all processes have."""
     if trainer.world_size == 1:
-        return pairs
-    everyone: list[list[SamplePair]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(everyone, pairs)
-    return [pair for one in everyone for pair in one]
+        return own
+    everyone: list[list[T]] = [[] for _ in range(trainer.world_size)]
+    torch.distributed.all_gather_object(everyone, own)
+    return [item for one in everyone for item in one]
 
 
 def _scalars(heatmap: InterferenceHeatmap) -> dict[str, float]:

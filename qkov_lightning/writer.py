@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from qkov_lightning.cache import GradientCache
 from qkov_lightning.capture import CapturedStep, GradientFactors
+from qkov_lightning.sampling import SampledStep
 
 MAX_PENDING = 2
 """Captured steps that may wait in memory; the next one waits for the disk."""
@@ -25,10 +26,14 @@ class CacheWriter:
 
     Args:
         cache: Where they go.
+
+    Attributes:
+        store: Makes of a captured step what is written; it runs on the thread.
     """
 
     def __init__(self, cache: GradientCache) -> None:
         self._cache = cache
+        self.store: Callable[[CapturedStep], CapturedStep | SampledStep] = on_host
         self._queue: queue.Queue[tuple[int, Sequence[CapturedStep], Any] | None] = queue.Queue(MAX_PENDING)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -87,19 +92,19 @@ class CacheWriter:
 
     def _write(self, step: int, captured: Sequence[CapturedStep], ready: Any) -> None:
         if ready is None:
-            self._store(step, captured)
+            self._append(step, captured)
             return
         stream = torch.cuda.Stream()
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
-            self._store(step, captured)
+            self._append(step, captured)
         stream.synchronize()
 
-    def _store(self, step: int, captured: Sequence[CapturedStep]) -> None:
+    def _append(self, step: int, captured: Sequence[CapturedStep]) -> None:
         if not all(one.is_finite for one in captured):
             self._num_dropped += 1
             return
-        self._cache.append(step, [on_host(one) for one in captured])
+        self._cache.append(step, [self.store(one) for one in captured])
         self._num_written += 1
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
+from models import Classifier, GroupedAttention
 from modules import Module, Samples, trainer
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -36,14 +37,17 @@ class InOrder(Module):
 
 def main(root: Path, mode: str) -> None:
     warnings.simplefilter("ignore")
-    monitor = InterferenceMonitor(every_n_steps=1)
+    sampled = mode == "sampled"
+    monitor = InterferenceMonitor(every_n_steps=1, storage="sampled" if sampled else "auto")
     callbacks: list[Callback] = [monitor]
     if mode == "not shared":
         callbacks.append(OwnDirectory(monitor, root))
     processes = 1 if mode == "one process" else 2
     settings: dict[str, Any] = {"strategy": "ddp_fork", "devices": 2} if processes == 2 else {}
     fit = trainer(root, *callbacks, max_epochs=2, use_distributed_sampler=False, **settings)
-    fit.fit(InOrder(learning_rate=0.0))
+    attention = GroupedAttention(width=64, heads=2, kv_heads=1, size=16, value_size=16)
+    network = Classifier([attention, attention], width=64) if sampled else None
+    fit.fit(InOrder(learning_rate=0.0, network=network))
 
 
 if __name__ == "__main__":

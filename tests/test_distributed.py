@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from qkov_lightning import InterferenceHeatmap
+from qkov_lightning import GradientCache, InterferenceHeatmap
 
 SCRIPT = Path(__file__).with_name("run_distributed.py")
 
@@ -41,6 +41,19 @@ def test_two_processes_equal_one_though_each_sees_one_task_only(tmp_path: Path) 
             two.standard_errors[score], one.standard_errors[score], rtol=1e-3, atol=1e-6, equal_nan=True
         )
     assert {str(pair) for pair in one.pairs[:3]} == {str(pair) for pair in two.pairs[:3]}
+
+
+def test_two_processes_keep_the_same_sampled_weights(tmp_path: Path) -> None:
+    """Each sees one task, so that each alone would draw others; process 0 draws for both."""
+    result = run(tmp_path, "sampled")
+    assert result.returncode == 0, result.stderr[-3000:]
+    heatmap = InterferenceHeatmap.load(tmp_path / "interference" / "latest.json")
+    assert heatmap.notes["storage"] == "sampled"
+    (cache,) = (tmp_path / "interference" / "cache").iterdir()
+    records = [record for record, _ in GradientCache(cache, rank=999).records()]
+    assert {record.rank for record in records} == {0, 1}
+    assert {record.fingerprint for record in records} == {heatmap.notes["sampling"]["fingerprint"]}
+    assert not heatmap.values("math", "code")[0, :, 0].isnan().all()
 
 
 def test_a_cache_directory_that_is_not_shared_is_refused_by_all_processes(tmp_path: Path) -> None:
