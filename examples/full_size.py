@@ -94,6 +94,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples of each task")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a sample")
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--storage", choices=["factors", "sampled"], default="factors")
     parser.add_argument(
         "--precision", default="bf16-true", help="of the weights, as in Trainer(precision=...)"
     )
@@ -101,7 +102,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     seed_everything(0, verbose=False)
-    monitor = InterferenceMonitor(every_n_steps=1, num_hot_cells=3)
+    monitor = InterferenceMonitor(every_n_steps=1, num_hot_cells=3, storage=arguments.storage)
     stopwatch = Stopwatch()
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", precision=arguments.precision, logger=False, callbacks=[monitor, stopwatch],
@@ -115,7 +116,9 @@ def main() -> None:
     heatmap = monitor.heatmap
     files = list(Path(monitor.state_dict()["cache"]).glob("*.safetensors"))
     num_bytes = sum(file.stat().st_size for file in files)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights, {arguments.precision}")
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.0f} million weights, {arguments.precision}, storage: {arguments.storage}"
+    )
     print(f"last of {len(stopwatch.steps)} training steps, {arguments.batch_size} x {arguments.tokens} tokens, captured: "
           f"{stopwatch.steps[-1]}")  # fmt: skip
     print(f"heatmap over {len(windows)} samples, drawn and saved: {stopwatch.measurement}")

@@ -356,8 +356,13 @@ class GradientCapture:
             if name not in self._problems:
                 sharing.setdefault(_inputs(own), {})[name] = own
         scale = deliveries[0].scale
+        # What was delivered is let go as soon as it is copied: both together would be twice the memory.
+        del deliveries, by_module
+        for call in calls:
+            call.deliveries.clear()
         factors: dict[str, GradientFactors] = {}
-        for modules in sharing.values():
+        while sharing:
+            modules = sharing.pop(next(iter(sharing)))
             factors |= _join(modules, num_samples, labels.token_samples, scale)
         if not factors:
             raise ValueError(

@@ -17,8 +17,9 @@ from qkov_lightning import (
     find_projections,
 )
 from qkov_lightning.measurement import measure_interference
+from qkov_lightning.sampling import Coordinates
 
-STORAGES: dict[str, dict[str, object]] = {"exact": {}}
+STORAGES: dict[str, dict[str, object]] = {"exact": {"storage": "factors"}, "sampled": {"storage": "sampled"}}
 """Options of the monitor for each way to store gradients."""
 
 
@@ -39,9 +40,14 @@ def written_cache(
 def measured(cache: GradientCache, model: nn.Module) -> InterferenceHeatmap:
     """One validation pass in which every step is new to the Fisher, the most work that there can be."""
     module = LanguageModel(model)  # the names in the cache are those of the module that was trained
+    drawn = cache.directory / "sampling" / "coordinates.safetensors"
     with torch.no_grad():
         heatmap = measure_interference(
-            cache, find_projections(module), module, fisher_directory=cache.directory / "fisher"
+            cache,
+            find_projections(module),
+            module,
+            fisher_directory=cache.directory / "fisher",
+            coordinates=Coordinates.load(drawn) if drawn.exists() else None,
         )
     assert heatmap is not None
     assert all(values.isfinite().any(dim=3).all() for values in heatmap.scores.values())
