@@ -90,7 +90,7 @@ class DriftReport:
     """Verdict on a pair of heatmaps.
 
     Attributes:
-        findings: What drifted: cells first, then block means, then maxima, the surest first.
+        findings: What drifted: cells first, then block means, then maxima, the one with the highest lower bound first.
         nearest: The ten surest of what did not.
         num_tests: Quantities that were judged.
         scores: Scores that were judged.
@@ -118,7 +118,7 @@ class DriftReport:
 
     @property
     def cells(self) -> tuple[Finding, ...]:
-        """Cells that drifted, the surest first."""
+        """Cells that drifted, the one with the highest lower bound first."""
         return tuple(finding for finding in self.findings if finding.kind == "cell")
 
 
@@ -346,7 +346,9 @@ def _decide(
 
     surest = np.lexsort((-rise, -t, raw)).tolist()
     found = sorted(
-        (finding(index) for index in surest if drifted[index]), key=lambda one: KINDS.index(one.kind)
+        (finding(index) for index in surest if drifted[index]),
+        # By how much there is at least: a small rise that is surer than a large one is not the worse.
+        key=lambda one: (KINDS.index(one.kind), -one.lower_bound),
     )
     nearest = [index for index in surest if not drifted[index]][:NUM_NEAREST]
     return DriftReport(

@@ -148,6 +148,10 @@ class HeadGradients:
         """Chunks of all samples, oldest first."""
         return self._chunks(self.records, 0)
 
+    def release(self) -> None:
+        """Let go of what is held; a further pass would read the cache again."""
+        self._held = None
+
     def by_step(
         self, first_step: int
     ) -> Iterator[tuple[list[str], Iterator[Float[Tensor, "sample head weight"]]]]:
@@ -191,6 +195,9 @@ def head_gradients_of(reader: CacheReader, projection: Projection) -> Iterator[H
             gradients = HeadGradients(reader, projection, some, slice_bytes, own)
             if gradients.records:
                 yield gradients
+            # Whoever still has it keeps no memory: the next heads are made in the place of these.
+            gradients.release()
+        del held, own
 
 
 def _held(
