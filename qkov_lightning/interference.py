@@ -6,142 +6,26 @@ i's own loss, :math:`C_i = g_i^2` its contribution, :math:`I` the Fisher pooled 
 .. math:: u_i = C_i / (I + \epsilon), \qquad v_j = |g_j|, \qquad M_{ij} = \langle u_i, v_j \rangle .
 
 Beside it stands the update :math:`-u_B` that an optimiser would take along the mean gradient of task B
-(:func:`update_rate`), and what it does to the losses of A's samples, :math:`\langle g_i, u_B \rangle`.
+(:func:`~qkov_lightning.updates.update_rate`), and what it does to the losses of A's samples, :math:`\langle g_i, u_B \rangle`.
 
 The mean of :math:`M_{ij}` over all pairs of a sample of task A and a sample of task B factorises into
 :math:`\langle \bar u_A, \bar v_B \rangle`, and so do its marginals: no score here ever looks at a pair.
 
-A new score is one function from :class:`SliceStatistics` to :class:`Estimate`, and one entry of ``SCORES``, which says
+A new score is one function from :class:`~qkov_lightning.reduction.SliceStatistics` to :class:`~qkov_lightning.reduction.Estimate`, and one entry of ``SCORES``, which says
 all that figures, tables and the gate need to know of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-UpdateDirection = Literal["adam", "sgd"]
-
-STEP_SIZE = 0.01
-"""Length of the step whose effect is predicted: ten steps with a learning rate of 0.001."""
-
-INFLUENCE_BYTES = 256 * 2**20
-"""Memory for what standard errors need: beyond it the gradients are read again for some tasks at a time."""
-
-MIN_SAMPLES = 2
-"""A task with fewer samples in a slice has no score there: a variance needs two."""
-
-
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A score of every ordered task pair (a, b) and head, NaN where a task has fewer than two samples.
-
-    Attributes:
-        value: The score.
-        variance: Its sampling variance over samples of both tasks, the Fisher taken as known.
-    """
-
-    value: Float[Tensor, "task_a task_b head"]
-    variance: Float[Tensor, "task_a task_b head"]
-
-
-@dataclass(frozen=True, eq=False)
-class SliceStatistics:
-    r"""What the scores are made of: sums over weights, per sample, in float64.
-
-    Attributes:
-        membership: 1 where a sample belongs to a task.
-        sensitivity: :math:`\langle u_i, \bar v_t \rangle` for each sample i and task t.
-        push: :math:`\langle \bar u_t, v_i \rangle`.
-        self_pair: :math:`\langle u_i, v_i \rangle`.
-        absolute_norm: :math:`\sum_k |g_{ik}|`.
-        alignment: :math:`\langle g_i, \bar g_t \rangle`.
-        squared_norm: :math:`\sum_k g_{ik}^2`.
-        whitened_alignment: :math:`\langle g_i, \bar g_t / (I + \epsilon) \rangle`.
-        whitened_squared_norm: :math:`\sum_k g_{ik}^2 / (I_k + \epsilon)`.
-        response: :math:`r_{it} = \langle g_i, d_t \rangle` with the update direction :math:`d_t` of each task t; for a
-            sample's own task, that of its other samples.
-        slope_influence: How the mean response of each task t to the direction of a sample's own task moves with that
-            sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
-        curvature_influence: The same of the mean squared response.
-        step_size: Length of the step along the update direction.
-    """
-
-    membership: Float[Tensor, "task sample"]
-    sensitivity: Float[Tensor, "sample task head"]
-    push: Float[Tensor, "sample task head"]
-    self_pair: Float[Tensor, "sample head"]
-    absolute_norm: Float[Tensor, "sample head"]
-    alignment: Float[Tensor, "sample task head"]
-    squared_norm: Float[Tensor, "sample head"]
-    whitened_alignment: Float[Tensor, "sample task head"]
-    whitened_squared_norm: Float[Tensor, "sample head"]
-    response: Float[Tensor, "sample task head"]
-    slope_influence: Float[Tensor, "sample task head"]
-    curvature_influence: Float[Tensor, "sample task head"]
-    step_size: float
-
-    @property
-    def count(self) -> Float[Tensor, task]:
-        """Samples of each task."""
-        return self.membership.sum(dim=1)
-
-    def task_mean(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
-        """Mean over the samples of each task."""
-        return torch.tensordot(self.membership, per_sample, dims=1) / _column(self.count, per_sample.ndim)
-
-    def task_variance(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
-        """Sampling variance of ``task_mean``: the unbiased variance over samples, divided by their number."""
-        deviation = per_sample - torch.tensordot(self.membership.T, self.task_mean(per_sample), dims=1)
-        squares = torch.tensordot(self.membership, deviation.square(), dims=1)
-        count = _column(self.count, per_sample.ndim)
-        return squares / (count * (count - 1))
-
-    def of_own_task(self, per_task: Float[Tensor, task * rest]) -> Float[Tensor, sample * rest]:
-        """The entry of each sample's own task."""
-        return torch.tensordot(self.membership.T, per_task, dims=1)
-
-    def without_self(
-        self, per_sample: Float[Tensor, "sample task head"]
-    ) -> Float[Tensor, "sample task head"]:
-        """Marginals with the pair (i, i) taken out of the mean over the sample's own task."""
-        own = self.membership.T.unsqueeze(-1).bool()
-        count = self.of_own_task(self.count)[:, None, None]
-        return torch.where(own, (count * per_sample - self.self_pair[:, None]) / (count - 1), per_sample)
-
-    def pair_estimate(
-        self,
-        value: Float[Tensor, "task_a task_b head"],
-        as_a: Float[Tensor, "sample task_b head"],
-        as_b: Float[Tensor, "sample task_a head"],
-    ) -> Estimate:
-        """Add the sampling variance, from each sample's influence on the value.
-
-        Args:
-            value: The score.
-            as_a: Influence of a sample as a member of its task A, on the pair with each task B.
-            as_b: Influence as a member of task B, on the pair with each task A.
-
-        Returns:
-            Two-sample variance ``var(as_a) / n_a + var(as_b) / n_b``; within one task both influences
-            come from the same samples and are added before the variance is taken.
-        """
-        variance = self.task_variance(as_a) + self.task_variance(as_b).transpose(0, 1)
-        within = self.task_variance(as_a + as_b).diagonal(dim1=0, dim2=1)
-        variance = variance.clone()
-        variance.diagonal(dim1=0, dim2=1).copy_(within)
-        no_data = self.count < MIN_SAMPLES
-        no_data = (no_data[:, None] | no_data[None, :]).unsqueeze(-1)
-        return Estimate(value.masked_fill(no_data, torch.nan), variance.masked_fill(no_data, torch.nan))
-
-
-def _column(values: Tensor, ndim: int) -> Tensor:
-    return values.view(-1, *(1,) * (ndim - 1))
+from qkov_lightning.reduction import Estimate, SliceStatistics, slice_statistics
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection, damped
 
 
 def interference(s: SliceStatistics) -> Estimate:
@@ -235,7 +119,7 @@ def forgetting(s: SliceStatistics) -> Estimate:
     .. math:: \operatorname{mean}_{i \in A} \langle g_i, d_B \rangle^2 = d_B^\top F_A d_B
 
     with the full, not the diagonal, empirical Fisher :math:`F_A` of the slice, and :math:`d_B` the update direction
-    (:func:`update_rate`). To second order the step :math:`-\eta d_B` changes A's predictive distribution by a
+    (:func:`~qkov_lightning.updates.update_rate`). To second order the step :math:`-\eta d_B` changes A's predictive distribution by a
     Kullback-Leibler divergence of :math:`\eta^2/2` times as much (Amari 1998; with the observed targets instead of
     drawn ones, Kunstner et al. 2019, arXiv:1905.12558); elastic weight consolidation takes the diagonal of it
     (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3). At least 0. Within one task the direction is that of
@@ -318,240 +202,6 @@ SCORES: dict[str, Score] = {
 """Every score; the first is the one that is shown first."""
 
 
-def damped(
-    fisher: Float[Tensor, "*any weight"],
-    damping: float,
-    weights: Float[Tensor, "head weight"] | None = None,
-) -> Float[Tensor, "*any weight"]:
-    r""":math:`I + \epsilon`, the damping relative to the (weighted) mean over the slice, so that units cancel."""
-    return fisher + damping * _slice_mean(fisher, weights)
-
-
-def _slice_mean(
-    values: Float[Tensor, "*any weight"], weights: Float[Tensor, "head weight"] | None
-) -> Float[Tensor, "*any 1"]:
-    if weights is None:
-        return values.mean(dim=-1, keepdim=True)
-    return (values * weights).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
-
-
-def update_rate(
-    update: UpdateDirection | Float[Tensor, "head weight"],
-    mean_gradient: Float[Tensor, "*task head weight"],
-    mean_square: Float[Tensor, "*task head weight"],
-    damping: float,
-    weights: Float[Tensor, "head weight"] | None = None,
-) -> Float[Tensor, "*task head weight"]:
-    r"""What an optimiser multiplies the mean gradient with, per weight: :math:`d = \rho \, \bar g`.
-
-    Args:
-        update: "adam" divides by the root of the damped mean square of the task's own gradients,
-            :math:`\rho = (\overline{g^2} + \epsilon)^{-1/2}` (Kingma & Ba 2015, arXiv:1412.6980, whose second moment is
-            that of batches; of single samples here). "sgd": 1. A tensor: the rates themselves, as from an
-            optimiser's state.
-        mean_gradient: Mean gradient.
-        mean_square: Mean squared gradient.
-        damping: Relative to the mean of the mean square over the slice.
-        weights: As for :func:`slice_statistics`.
-
-    Returns:
-        The rates.
-    """
-    if isinstance(update, Tensor):
-        return update.to(mean_gradient).expand_as(mean_gradient)
-    if update == "sgd":
-        return torch.ones_like(mean_gradient)
-    return damped(mean_square, damping, weights).rsqrt()
-
-
-def slice_statistics(
-    chunks: Iterable[Float[Tensor, "_ head weight"]],
-    task_indices: Int[Tensor, sample],
-    num_tasks: int,
-    fisher: Float[Tensor, "head weight"],
-    damping: float,
-    update: UpdateDirection | Float[Tensor, "head weight"] = "adam",
-    step_size: float = STEP_SIZE,
-    weights: Float[Tensor, "head weight"] | None = None,
-    num_replicates: int = 1,
-) -> SliceStatistics:
-    """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
-
-    Args:
-        chunks: Gradients of the samples in order, read several times (a list, or an object whose ``__iter__``
-            makes them anew), so that not all of them need be in memory.
-        task_indices: Task of each sample, counted from 0; -1 leaves a sample out.
-        num_tasks: Number of tasks.
-        fisher: Fisher pooled over tasks.
-        damping: Added to the Fisher, relative to its mean over the slice.
-        update: Direction in which a task updates the slice, see :func:`update_rate`.
-        step_size: Length of the step along it.
-        weights: How many weights of the slice each one stands for, where only some were kept.
-        num_replicates: Independent samples of the weights of each head, which stand side by side as if they were heads.
-
-    Returns:
-        The statistics of the samples that belong to a task.
-
-    Raises:
-        ValueError: If there is not one task per sample.
-    """
-    each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
-    inverse = each / damped(fisher, damping, weights)
-    membership = torch.nn.functional.one_hot(task_indices + 1, num_tasks + 1)[:, 1:].to(fisher).T
-    count = membership.sum(dim=1).clamp(min=1)[:, None, None]
-    mean_gradient = fisher.new_zeros(num_tasks, *fisher.shape)
-    mean_absolute, mean_square = torch.zeros_like(mean_gradient), torch.zeros_like(mean_gradient)
-    start = 0
-    for chunk in chunks:
-        belongs = membership[:, start : start + len(chunk)]
-        if belongs.shape[1] != len(chunk):
-            raise ValueError(
-                f"{len(task_indices)} tasks for gradients of {start + len(chunk)} samples, expected one each."
-            )
-        start += len(chunk)
-        mean_gradient += torch.tensordot(belongs, chunk, dims=1)
-        mean_absolute += torch.tensordot(belongs, chunk.abs(), dims=1)
-        mean_square += torch.tensordot(belongs, chunk.square(), dims=1)
-    if start != len(task_indices):
-        raise ValueError(f"{len(task_indices)} tasks for gradients of {start} samples, expected one each.")
-    mean_gradient, mean_absolute, mean_square = (
-        total / count for total in (mean_gradient, mean_absolute, mean_square)
-    )
-    sensitive_to = mean_absolute * inverse
-    pushed_by = mean_square * inverse
-    pulled_by = mean_gradient * inverse
-    directions = _Directions(mean_gradient, mean_square, count, damping, update, each)
-    parts: dict[str, list[Tensor]] = {}
-    start = 0
-    for chunk in chunks:
-        tasks = task_indices[start : start + len(chunk)]
-        start += len(chunk)
-        square, absolute = chunk.square(), chunk.abs()
-        results = {
-            "sensitivity": _inner(square, sensitive_to),
-            "push": _inner(absolute, pushed_by),
-            "self_pair": _inner(square * absolute, inverse[None]).squeeze(1),
-            "absolute_norm": _inner(absolute, each[None]).squeeze(1),
-            "alignment": _inner(chunk, mean_gradient * each),
-            "squared_norm": _inner(square, each[None]).squeeze(1),
-            "whitened_alignment": _inner(chunk, pulled_by),
-            "whitened_squared_norm": _inner(square, inverse[None]).squeeze(1),
-            "response": directions.response(chunk, tasks),
-        }
-        for name, result in results.items():
-            parts.setdefault(name, []).append(result)
-    parts |= directions.influences(
-        chunks, task_indices, _mean_over_replicates(torch.cat(parts["response"]), num_replicates)
-    )
-    kept = task_indices >= 0
-    return SliceStatistics(
-        membership=membership[:, kept].double(),
-        **{name: torch.cat(results).double()[kept] for name, results in parts.items()},
-        step_size=step_size,
-    )
-
-
-class _Directions:
-    """The update direction of every task, and how it moves with a sample of the task."""
-
-    def __init__(
-        self,
-        mean_gradient: Float[Tensor, "task head weight"],
-        mean_square: Float[Tensor, "task head weight"],
-        count: Float[Tensor, "task 1 1"],
-        damping: float,
-        update: UpdateDirection | Float[Tensor, "head weight"],
-        weights: Float[Tensor, "head weight"],
-    ) -> None:
-        self._mean, self._square, self._count = mean_gradient, mean_square, count
-        self._damping, self._update, self._weights = damping, update, weights
-        self._rate = update_rate(update, mean_gradient, mean_square, damping, weights)
-        self._direction = mean_gradient * self._rate
-
-    def response(
-        self, chunk: Float[Tensor, "sample head weight"], tasks: Int[Tensor, sample]
-    ) -> Float[Tensor, "sample task head"]:
-        response = _inner(chunk, self._direction * self._weights)
-        for task, rows, samples in _by_task([chunk], tasks):
-            response[rows, task] = (samples * self._without(samples, task) * self._weights).sum(dim=-1)
-        return response
-
-    def _without(
-        self, samples: Float[Tensor, "sample head weight"], task: int
-    ) -> Float[Tensor, "sample head weight"]:
-        """Direction of the task without each of the samples."""
-        count = self._count[task]
-        others = (count - 1).clamp(min=1)
-        mean = (count * self._mean[task] - samples) / others
-        # Rounding can leave less than nothing of a weight that only this sample moves.
-        square = ((count * self._square[task] - samples.square()) / others).clamp(min=0)
-        return mean * update_rate(self._update, mean, square, self._damping, self._weights)
-
-    def influences(
-        self,
-        chunks: Iterable[Float[Tensor, "_ head weight"]],
-        task_indices: Int[Tensor, sample],
-        response: Float[Tensor, "sample task head"],
-    ) -> dict[str, list[Tensor]]:
-        """Derivatives of the mean response and of the mean squared response in each sample of the pushing task."""
-        slope = torch.zeros_like(response)
-        curvature = torch.zeros_like(response)
-        # A vector of the slice's size for each pair of tasks: some pushing tasks at a time.
-        size = max(1, INFLUENCE_BYTES // max(1, self._mean.nbytes))
-        for first in range(0, len(self._mean), size):
-            pushing = range(first, min(first + size, len(self._mean)))
-            weighted = self._response_weighted_mean(chunks, task_indices, response, pushing)
-            for task, rows, samples in _by_task(chunks, task_indices):
-                if task in pushing:
-                    slope[rows] = self._derivative(samples, task, self._mean)
-                    curvature[rows] = 2 * self._derivative(samples, task, weighted[:, task - first])
-        return {"slope_influence": [slope], "curvature_influence": [curvature]}
-
-    def _response_weighted_mean(
-        self,
-        chunks: Iterable[Float[Tensor, "_ head weight"]],
-        task_indices: Int[Tensor, sample],
-        response: Float[Tensor, "sample task head"],
-        pushing: range,
-    ) -> Float[Tensor, "task_a task_b head weight"]:
-        """Mean over A of each sample's gradient times its response to each of the pushing tasks B."""
-        total = self._mean.new_zeros(len(self._mean), len(pushing), *self._mean.shape[1:])
-        for task, rows, samples in _by_task(chunks, task_indices):
-            to = response[rows, pushing.start : pushing.stop]
-            total[task] += torch.einsum("nth,nhk->thk", to, samples)
-        return total / self._count.unsqueeze(-1)
-
-    def _derivative(
-        self,
-        samples: Float[Tensor, "sample head weight"],
-        task: int,
-        vectors: Float[Tensor, "other head weight"],
-    ) -> Float[Tensor, "sample other head"]:
-        r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees."""
-        moved = _inner(samples, vectors * (self._rate[task] * self._weights))
-        if isinstance(self._update, Tensor) or self._update == "sgd":
-            return moved
-        # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
-        slowed = vectors * (self._direction[task] * self._rate[task].square() * self._weights / 2)
-        square = samples.square()
-        share = self._damping * _slice_mean(square, self._weights)[..., 0][:, None] * slowed.sum(dim=-1)
-        return moved - _inner(square, slowed) - share
-
-
-def _by_task(
-    chunks: Iterable[Float[Tensor, "_ head weight"]], task_indices: Int[Tensor, sample]
-) -> Iterator[tuple[int, Int[Tensor, _], Float[Tensor, "_ head weight"]]]:
-    """The samples of each task in each chunk, with their places among all samples."""
-    start = 0
-    for chunk in chunks:
-        tasks = task_indices[start : start + len(chunk)]
-        for task in tasks.unique().tolist():
-            if task >= 0:
-                rows = (tasks == task).nonzero().flatten()
-                yield task, rows + start, chunk[rows]
-        start += len(chunk)
-
-
 def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: int) -> Estimate:
     r"""A score from independent samples of the weights, their spread added to its variance.
 
@@ -602,19 +252,6 @@ def _over_replicates(
     return replace(statistics, **means)
 
 
-def _mean_over_replicates(
-    response: Float[Tensor, "sample task head"], num_replicates: int
-) -> Float[Tensor, "sample task head"]:
-    """The response of a whole head in the place of each of its replicates."""
-    mean = response.unflatten(-1, (-1, num_replicates)).mean(dim=-1)
-    return mean.repeat_interleave(num_replicates, dim=-1)
-
-
-def _inner(samples: Tensor, vectors: Tensor) -> Tensor:
-    """[sample, head, weight] and [task, head, weight] to [sample, task, head]."""
-    return torch.einsum("nhk,thk->nth", samples, vectors)
-
-
 def sample_pairs(
     gradients_a: Float[Tensor, "sample_a weight"],
     gradients_b: Float[Tensor, "sample_b weight"],
@@ -643,7 +280,7 @@ def head_interference(
         tasks: Task of each sample.
         fisher: Fisher pooled over tasks, as from :meth:`EmpiricalFisher.pooled`.
         damping: Added to the Fisher, relative to its mean over the head.
-        update: Direction in which a task updates the weights, see :func:`update_rate`.
+        update: Direction in which a task updates the weights, see :func:`~qkov_lightning.updates.update_rate`.
         step_size: Length of the step along it: the learning rate times the number of steps.
 
     Returns:

@@ -15,10 +15,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qkov_lightning.cache import GradientCache
-from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection
+from qkov_lightning.interference import SCORES
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import Projection, num_heads, num_layers
 from qkov_lightning.streaming import CacheReader, HeadGradients, head_gradients_of
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 
 DIGITS = 6
 """Significant digits of a replicate, so that a file of them stays small: far more than a standard error has."""

@@ -16,11 +16,12 @@ from qkov_lightning.capture import is_trainable
 from qkov_lightning.fisher import EmpiricalFisher
 from qkov_lightning.gradients import owned_gradients
 from qkov_lightning.heatmap import BlockInfo, Cell, InterferenceHeatmap, Layer, SamplePair, Status
-from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection, damped, sample_pairs
+from qkov_lightning.interference import SCORES, sample_pairs
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import BLOCKS, Block, Projection, num_heads, num_layers
 from qkov_lightning.sampling import Coordinates, stored_name, stored_projection
 from qkov_lightning.streaming import HELD_BYTES, CacheReader, HeadGradients, head_gradients_of, restricted
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection, damped
 
 PAIRS_PER_CELL = 3
 

@@ -13,15 +13,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.facets import draw_strip, scale_of
-from qkov_lightning.interference import (
-    MIN_SAMPLES,
-    SCORES,
-    STEP_SIZE,
-    UpdateDirection,
-    sampled_estimate,
-    slice_statistics,
-)
+from qkov_lightning.interference import SCORES, sampled_estimate
 from qkov_lightning.projections import BLOCKS, Block
+from qkov_lightning.reduction import MIN_SAMPLES, slice_statistics
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 
 
 class _Replicates:

@@ -22,7 +22,7 @@ from qkov_lightning.cache import CacheError, GradientCache, StepSize, adopt_dire
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction, is_trainable
 from qkov_lightning.figures import heatmap_figure, render, save_image
 from qkov_lightning.heatmap import InterferenceHeatmap, safe_name
-from qkov_lightning.interference import SCORES, STEP_SIZE, UpdateDirection
+from qkov_lightning.interference import SCORES
 from qkov_lightning.loggers import send
 from qkov_lightning.measurement import Rates, measure_interference
 from qkov_lightning.probe import Probe, find_probe, probe_interference
@@ -31,6 +31,7 @@ from qkov_lightning.samples import Labels, read_labels
 from qkov_lightning.sampling import Coordinates, sampled_bytes
 from qkov_lightning.tables import write_tables
 from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 from qkov_lightning.weights import adaptive_rates
 from qkov_lightning.writer import CacheWriter
 

@@ -26,12 +26,12 @@ from qkov_lightning.architectures import find_projections
 from qkov_lightning.cache import CacheError, GradientCache
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heatmap import InterferenceHeatmap, SamplePair
-from qkov_lightning.interference import STEP_SIZE, UpdateDirection
 from qkov_lightning.jackknife import jackknife_error, jackknife_replicates
 from qkov_lightning.measurement import Agree, measure_interference, raise_alone
 from qkov_lightning.projections import Projection
 from qkov_lightning.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.samples import read_labels
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 
 NO_LIMIT = 2**62
 """The cache of a probe is as large as the probe."""

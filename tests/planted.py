@@ -10,7 +10,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from qkov_lightning import find_projections, head_interference
-from qkov_lightning.interference import UpdateDirection
+from qkov_lightning.updates import UpdateDirection
 
 WIDTH, HEADS, LAYERS, TOKENS = 12, 3, 2, 6
 

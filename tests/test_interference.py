@@ -8,7 +8,8 @@ from oracles import naive_conflict, naive_cosine, naive_interference, naive_rela
 from torch import Tensor
 
 from qkov_lightning import EmpiricalFisher, HeadInterference, head_interference
-from qkov_lightning.interference import SCORES, sample_pairs, slice_statistics
+from qkov_lightning.interference import SCORES, sample_pairs
+from qkov_lightning.reduction import slice_statistics
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}  # float64 sums in another order
 TASKS = ["math"] * 5 + ["code"] * 4 + ["prose"] * 3
@@ -110,7 +111,7 @@ def test_directions_for_more_tasks_than_fit_in_memory_at_once_give_the_same(
 ) -> None:
     samples = gradients()
     expected = head_interference(samples, TASKS, pooled(samples), DAMPING)
-    monkeypatch.setattr("qkov_lightning.interference.INFLUENCE_BYTES", 1)
+    monkeypatch.setattr("qkov_lightning.updates.INFLUENCE_BYTES", 1)
     found = head_interference(samples, TASKS, pooled(samples), DAMPING)
     for pair, scores in expected.items():
         for name, value in scores.items():

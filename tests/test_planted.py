@@ -3,7 +3,7 @@
 import pytest
 from planted import named_first
 
-from qkov_lightning.interference import UpdateDirection
+from qkov_lightning.updates import UpdateDirection
 
 
 @pytest.mark.parametrize("update", ["adam", "sgd"])

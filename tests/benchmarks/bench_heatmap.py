@@ -23,7 +23,8 @@ from qkov_lightning import (
     task,
 )
 from qkov_lightning.gradients import head_gradients
-from qkov_lightning.interference import damped, sample_pairs
+from qkov_lightning.interference import sample_pairs
+from qkov_lightning.updates import damped
 
 GOALS = {"exact": "1.0", "sampled": "0.1"}
 

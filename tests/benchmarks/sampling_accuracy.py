@@ -23,13 +23,8 @@ from transformers import AutoModel, AutoTokenizer
 from qkov_lightning import GradientCapture, find_projections, task
 from qkov_lightning.capture import CapturedStep
 from qkov_lightning.gradients import head_gradients, owned_part
-from qkov_lightning.interference import (
-    SCORES,
-    Estimate,
-    SliceStatistics,
-    sampled_estimate,
-    slice_statistics,
-)
+from qkov_lightning.interference import SCORES, sampled_estimate
+from qkov_lightning.reduction import Estimate, SliceStatistics, slice_statistics
 from qkov_lightning.sampling import SliceSample, draw_slice
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

@@ -26,7 +26,9 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from qkov_lightning.interference import SCORES, damped, slice_statistics
+from qkov_lightning.interference import SCORES
+from qkov_lightning.reduction import slice_statistics
+from qkov_lightning.updates import damped
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from planted import named_first
