@@ -23,7 +23,7 @@ demo: $(VENV)/.installed  ## Train a small decoder on three real text tasks and 
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.installed-dev  ## Run the whole test suite.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
