@@ -1,6 +1,6 @@
 """Prints the peak of resident memory, in bytes, of a process that does one thing.
 
-python peak_memory.py train plain|monitored
+python peak_memory.py train EVERY_N_STEPS     (0: without the monitor)
 python peak_memory.py validate FOLDER NUM_SAMPLES STORAGE
 """
 
@@ -23,11 +23,12 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def train(kind: str) -> int:
+def train(every_n_steps: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
-        monitors = [InterferenceMonitor(every_n_steps=1)] if kind == "monitored" else []
+        every = int(every_n_steps)
+        monitors = [InterferenceMonitor(every_n_steps=every)] if every else []
         trainee = Trainee(LanguageModel(gpt2()), Path(folder), *monitors)
-        for _ in range(3):
+        for _ in range(12):
             trainee.step(batch_of(2))
         trainee.stop()
     return peak()
