@@ -180,21 +180,30 @@ def slice_statistics(
     pulled_by = mean_gradient * inverse
     directions = UpdateDirections(mean_gradient, mean_square, count, damping, update, each)
     parts: dict[str, list[Tensor]] = {}
+    # Products with the same samples are taken at once, so that the samples are read once.
+    with_gradients = torch.cat([mean_gradient * each, pulled_by, directions.weighted])
+    with_squares = torch.cat([sensitive_to, inverse[None], each[None]])
+    with_absolutes = torch.cat([pushed_by, each[None]])
     start = 0
     for chunk in chunks:
         tasks = task_indices[start : start + len(chunk)]
         start += len(chunk)
         square, absolute = chunk.square(), chunk.abs()
+        alignment, whitened_alignment, response = inner(chunk, with_gradients).split(num_tasks, dim=1)
+        sensitivity, whitened_squared_norm, squared_norm = inner(square, with_squares).split(
+            [num_tasks, 1, 1], dim=1
+        )
+        push, absolute_norm = inner(absolute, with_absolutes).split([num_tasks, 1], dim=1)
         results = {
-            "sensitivity": inner(square, sensitive_to),
-            "push": inner(absolute, pushed_by),
-            "self_pair": inner(square * absolute, inverse[None]).squeeze(1),
-            "absolute_norm": inner(absolute, each[None]).squeeze(1),
-            "alignment": inner(chunk, mean_gradient * each),
-            "squared_norm": inner(square, each[None]).squeeze(1),
-            "whitened_alignment": inner(chunk, pulled_by),
-            "whitened_squared_norm": inner(square, inverse[None]).squeeze(1),
-            "response": directions.response(chunk, tasks),
+            "sensitivity": sensitivity,
+            "push": push,
+            "self_pair": inner(square.mul_(absolute), inverse[None]).squeeze(1),
+            "absolute_norm": absolute_norm.squeeze(1),
+            "alignment": alignment,
+            "squared_norm": squared_norm.squeeze(1),
+            "whitened_alignment": whitened_alignment,
+            "whitened_squared_norm": whitened_squared_norm.squeeze(1),
+            "response": directions.without_self(response, chunk, tasks),
         }
         for name, result in results.items():
             parts.setdefault(name, []).append(result)

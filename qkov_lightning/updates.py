@@ -81,11 +81,18 @@ class UpdateDirections:
         self._rate = update_rate(update, mean_gradient, mean_square, damping, weights)
         self._direction = mean_gradient * self._rate
 
-    def response(
-        self, chunk: Float[Tensor, "sample head weight"], tasks: Int[Tensor, sample]
+    @property
+    def weighted(self) -> Float[Tensor, "task head weight"]:
+        """The directions, ready for inner products over the slice."""
+        return self._direction * self._weights
+
+    def without_self(
+        self,
+        response: Float[Tensor, "sample task head"],
+        chunk: Float[Tensor, "sample head weight"],
+        tasks: Int[Tensor, sample],
     ) -> Float[Tensor, "sample task head"]:
-        """Inner product of each sample with each task's direction; with its own task's, without the sample."""
-        response = inner(chunk, self._direction * self._weights)
+        """Inner products of samples with the directions; with that of a sample's own task, of the others' direction."""
         for task, rows, samples in _by_task([chunk], tasks):
             response[rows, task] = (samples * self._without(samples, task) * self._weights).sum(dim=-1)
         return response
