@@ -161,7 +161,9 @@ class GradientCache:
     def records(self) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
         """Readable records of all processes, oldest first, with a mask of the samples within the budget."""
         by_rank: dict[int, list[CacheRecord]] = {}
-        for record in self._scan():
+        found = self._scan()
+        self._tell_of_lost(found)
+        for record in found:
             by_rank.setdefault(record.rank % self._world_size, []).append(record)
         within = [record for records in by_rank.values() for record in self._within_bytes(records)]
         return self._newest(sorted(within, key=lambda record: record.path.name))
@@ -209,6 +211,18 @@ class GradientCache:
                     self._unreadable.add(path)
                     warnings.warn(f"{error} Its samples are left out.", stacklevel=3)
         return records
+
+    def _tell_of_lost(self, found: Sequence[CacheRecord]) -> None:
+        """Warn of own records that somebody else removed."""
+        paths = {record.path for record in found} | self._unreadable
+        lost = [record for record in self._own if record.path not in paths]
+        if lost and found:  # an empty cache speaks for itself
+            warnings.warn(
+                f"{len(lost)} files of the cache {self.directory} are gone, {lost[0].path.name} the first of them: were they "
+                "deleted? Their samples are left out.",
+                stacklevel=3,
+            )
+            self._own = [record for record in self._own if record.path in paths]
 
     def _within_bytes(self, records: Sequence[CacheRecord]) -> list[CacheRecord]:
         """The newest records of one process that fit into its window."""

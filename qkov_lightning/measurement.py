@@ -28,7 +28,7 @@ PAIRS_PER_CELL = 3
 MAX_CELLS = 20_000_000
 """Values of one score in a heatmap: 100 tasks at 28 layers x 16 heads."""
 
-Rates = Mapping[tuple[int, Block], Float[Tensor, "head weight"]]
+Rates = Mapping[tuple[int, Block], Float[Tensor, "_ _"]]
 """What the optimiser multiplies a gradient with, by layer and block."""
 
 Gather = Callable[[list[SamplePair]], list[SamplePair]]
