@@ -130,7 +130,6 @@ def measure_interference(
             previous = EmpiricalFisher(fisher_decay)
             if previous_fisher and (path := _fisher_path(previous_fisher, projection)).exists():
                 previous = EmpiricalFisher.load(path, device)
-            own_rates = _rates(projection, rates, coordinates)
             parts = []
             for gradients in head_gradients_of(reader, _stored(projection, coordinates)):
                 fisher = previous.part(gradients.heads)
@@ -144,7 +143,7 @@ def measure_interference(
                         layer=projection.layer,
                         block=projection.block,
                         first_head=gradients.heads.start,
-                        rates=None if own_rates is None else own_rates[gradients.heads].to(device),
+                        rates=_rates(projection, rates, coordinates, gradients.heads),
                         weights=_weights(projection, coordinates, gradients.heads),
                     )
             whole = EmpiricalFisher.joined(parts) if parts else previous
@@ -193,17 +192,18 @@ def _weights(
 
 
 def _rates(
-    projection: Projection, rates: Rates | None, coordinates: Coordinates | None
+    projection: Projection, rates: Rates | None, coordinates: Coordinates | None, heads: slice
 ) -> Float[Tensor, "head weight"] | None:
-    """Rates of the weights that the cache holds."""
+    """Rates of the weights that the cache holds; asked for only where it holds some: frozen blocks have no rates."""
     if rates is None:
         return None
-    whole = rates[projection.layer, projection.block]
+    whole = rates[projection.layer, projection.block][heads]
     if coordinates is None:
         return whole
     drawn = coordinates.slices[stored_name(projection)]
     num_other = drawn.slice_size // projection.head_dim
-    return whole.gather(1, (drawn.own * num_other + drawn.other).flatten(1).to(whole.device))
+    index = (drawn.own * num_other + drawn.other)[heads].flatten(1)
+    return whole.gather(1, index.to(whole.device))
 
 
 def _check_coordinates(records: Sequence[CacheRecord], coordinates: Coordinates | None) -> None:

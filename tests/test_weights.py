@@ -116,3 +116,13 @@ def test_head_sizes_that_are_not_width_over_heads() -> None:
     shapes = {p.block: by_head(torch.randn(12, 10) if p.block == "Q" else torch.randn(6, 10), p, find_weight(model, p)).shape
               for p in find_projections(model) if p.block in "QK"}  # fmt: skip
     assert shapes == {"Q": (4, 30), "K": (2, 30)}
+
+
+def test_frozen_blocks_need_no_direction_from_the_optimiser(tmp_path: Path) -> None:
+    module = WithAdam()
+    for layer in module.network.layers:
+        layer.k_proj.requires_grad_(False)
+    monitor = InterferenceMonitor(every_n_steps=1, update_direction="state")
+    trainer(tmp_path, monitor).fit(module, loader(24))
+    assert monitor.heatmap.layers[0].blocks["K"].status == "frozen"
+    assert not monitor.heatmap.values("math", "code", "loss_rise")[..., 0].isnan().all()
