@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkov_lightning.cache import CacheError, write_durably
+from qkov_lightning.spans import weighted_squares
 
 
 class EmpiricalFisher:
@@ -57,25 +59,54 @@ class EmpiricalFisher:
         """
         if len(tasks) != gradients.shape[0]:
             raise ValueError(f"{len(tasks)} tasks for {gradients.shape[0]} samples, expected one per sample.")
-        self.fold({
-            task: gradients[torch.tensor([name == task for name in tasks], device=gradients.device)]
-            .square()
-            .mean(dim=0)
-            for task in dict.fromkeys(tasks)
-        })
+        self.fold([gradients], tasks, [0] * len(tasks))
 
-    def fold(self, mean_squares: Mapping[str, Float[Tensor, "*weight"]]) -> None:
-        """Fold in one captured step of which the mean squared gradients are known already.
+    def fold(
+        self,
+        blocks: Iterable[Float[Tensor, sample * some_weights]],
+        tasks: Sequence[str],
+        steps: Sequence[int],
+        first_step: int = 0,
+    ) -> None:
+        r"""Fold in the samples of several captured steps, with the result of the recursion over them.
+
+        After the m steps that hold samples of a task, the recursion has become a sum over samples:
+
+        .. math:: F_t \leftarrow \beta^m F_t + \sum_{j=1}^{m} (1 - \beta) \beta^{m - j} \operatorname{mean}_{i \in j} g_i^2
 
         Args:
-            mean_squares: Mean over the samples of each task that the step holds.
+            blocks: Per-sample gradients of all samples, block after block along the last axis.
+            tasks: Task of each sample.
+            steps: Captured step of each sample.
+            first_step: The first step that is not folded in yet.
         """
-        for task, mean_square in mean_squares.items():
-            if task not in self._average:
-                self._average[task] = torch.zeros_like(mean_square)
-                self._num_steps[task] = 0
-            self._average[task].lerp_(mean_square, 1 - self.decay)
-            self._num_steps[task] += 1
+        num_steps, coefficients = self._coefficients(tasks, steps, first_step)
+        if not num_steps:
+            return
+        new = weighted_squares(blocks, coefficients)
+        for (task, count), total in zip(num_steps.items(), new, strict=True):
+            if task in self._average:
+                total.add_(self._average[task], alpha=self.decay**count)
+            self._average[task] = total
+            self._num_steps[task] = self._num_steps.get(task, 0) + count
+
+    def _coefficients(
+        self, tasks: Sequence[str], steps: Sequence[int], first_step: int
+    ) -> tuple[dict[str, int], Float[Tensor, "task sample"]]:
+        """New steps of each task, and what the square of each sample is multiplied with."""
+        counts = Counter((task, step) for task, step in zip(tasks, steps, strict=True) if step >= first_step)
+        num_steps: Counter[str] = Counter()
+        places = {}
+        for task, step in sorted(counts, key=lambda one: one[1]):
+            places[task, step] = num_steps[task]
+            num_steps[task] += 1
+        coefficients = torch.zeros(len(num_steps), len(tasks), dtype=torch.float64)
+        for sample, (task, step) in enumerate(zip(tasks, steps, strict=True)):
+            if step >= first_step:
+                num_later = num_steps[task] - 1 - places[task, step]
+                share = (1 - self.decay) * self.decay**num_later / counts[task, step]
+                coefficients[list(num_steps).index(task), sample] = share
+        return dict(num_steps), coefficients
 
     def estimate(self, task: str) -> Float[Tensor, "*weight"]:
         """Bias-corrected Fisher of one task, in squared loss per squared unit of weight.

@@ -18,7 +18,8 @@ from qkov_lightning.cache import GradientCache
 from qkov_lightning.interference import SCORES
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import Projection, num_heads, num_layers
-from qkov_lightning.streaming import CacheReader, HeadGradients, head_gradients_of
+from qkov_lightning.spans import weighted_squares
+from qkov_lightning.streaming import CacheReader, head_gradients_of
 from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 
 DIGITS = 6
@@ -71,10 +72,11 @@ def jackknife_replicates(
         if projection.layer % world_size != rank:
             continue
         for gradients in head_gradients_of(reader, projection):
-            names = [name for record in gradients.records for name in record.samples.tasks]
-            indices = torch.tensor([tasks.index(name) for name in names], device=device)
-            groups = _groups(names, num_groups).to(device)
-            sums, counts = _sums(gradients, indices, groups, len(tasks), num_groups)
+            indices = torch.tensor([tasks.index(name) for name in gradients.tasks], device=device)
+            groups = _groups(gradients.tasks, num_groups).to(device)
+            member = torch.nn.functional.one_hot(indices * num_groups + groups, len(tasks) * num_groups).T
+            sums = weighted_squares(gradients, member.double()).unflatten(0, (len(tasks), num_groups))
+            counts = member.sum(dim=1).view(len(tasks), num_groups).to(sums)
             for group, metric in enumerate(metrics):
                 others = torch.arange(num_groups, device=device) != group
                 kept = counts[:, others].sum(dim=1).clamp(min=1)
@@ -110,31 +112,6 @@ def _groups(names: Sequence[str], num_groups: int) -> Int[Tensor, sample]:
         groups.append(seen[name] % num_groups)
         seen[name] += 1
     return torch.tensor(groups)
-
-
-def _sums(
-    gradients: HeadGradients,
-    indices: Int[Tensor, sample],
-    groups: Int[Tensor, sample],
-    num_tasks: int,
-    num_groups: int,
-) -> tuple[Float[Tensor, "task group head weight"], Float[Tensor, "task group"]]:
-    """Sum of squared gradients of each task's groups, and their numbers of samples.
-
-    Raises:
-        ValueError: If there are none.
-    """
-    member = torch.nn.functional.one_hot(indices * num_groups + groups, num_tasks * num_groups).T
-    sums: Tensor | None = None
-    start = 0
-    for chunk in gradients:
-        part = torch.tensordot(member[:, start : start + len(chunk)].to(chunk), chunk.square(), dims=1)
-        sums = part if sums is None else sums + part
-        start += len(chunk)
-    if sums is None:
-        raise ValueError("There are no gradients to sum.")
-    counts = member.sum(dim=1).to(sums)
-    return sums.unflatten(0, (num_tasks, num_groups)), counts.view(num_tasks, num_groups)
 
 
 def _rounded(values: Float[Tensor, "*cell"]) -> Float[Tensor, "*cell"]:

@@ -20,7 +20,7 @@ from qkov_lightning.interference import SCORES, sample_pairs
 from qkov_lightning.metric import HeadInterference
 from qkov_lightning.projections import BLOCKS, Block, Projection, num_heads, num_layers
 from qkov_lightning.sampling import Coordinates, stored_name, stored_projection
-from qkov_lightning.streaming import HELD_BYTES, CacheReader, HeadGradients, head_gradients_of, restricted
+from qkov_lightning.streaming import HELD_BYTES, CacheReader, head_gradients_of, restricted
 from qkov_lightning.updates import STEP_SIZE, UpdateDirection, damped
 
 PAIRS_PER_CELL = 3
@@ -133,7 +133,7 @@ def measure_interference(
             parts = []
             for gradients in head_gradients_of(reader, _stored(projection, coordinates)):
                 fisher = previous.part(gradients.heads)
-                _fold(fisher, gradients, folded_until)
+                fisher.fold(gradients, gradients.tasks, gradients.steps, folded_until)
                 parts.append(fisher)
                 if fisher.tasks:
                     metric.update(
@@ -226,22 +226,6 @@ def _check_coordinates(records: Sequence[CacheRecord], coordinates: Coordinates 
 
 def _fisher_path(directory: Path, projection: Projection) -> Path:
     return directory / f"{projection.layer:04d}-{projection.block}.safetensors"
-
-
-def _fold(fisher: EmpiricalFisher, gradients: HeadGradients, folded_until: int) -> None:
-    """Fold in all steps from ``folded_until`` on."""
-    for names, chunks in gradients.by_step(folded_until):
-        tasks = list(dict.fromkeys(names))
-        member = torch.nn.functional.one_hot(torch.tensor([tasks.index(name) for name in names])).T
-        total: Tensor | None = None
-        start = 0
-        for chunk in chunks:
-            part = torch.tensordot(member[:, start : start + len(chunk)].to(chunk), chunk.square(), dims=1)
-            total = part if total is None else total.add_(part)
-            start += len(chunk)
-        if total is not None:
-            mean = total / member.sum(dim=1).to(total)[:, None, None]
-            fisher.fold(dict(zip(tasks, mean, strict=True)))
 
 
 def _task_indices(

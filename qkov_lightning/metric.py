@@ -20,14 +20,14 @@ from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 
 
 class _Replicates:
-    """Chunks in which the samples of a head's weights stand side by side as if they were heads."""
+    """Blocks in which the samples of a head's weights stand side by side as if they were heads."""
 
-    def __init__(self, chunks: Iterable[Tensor], num_replicates: int) -> None:
-        self._chunks, self._num_replicates = chunks, num_replicates
+    def __init__(self, blocks: Iterable[Tensor], num_replicates: int) -> None:
+        self._blocks, self._num_replicates = blocks, num_replicates
 
-    def __iter__(self) -> Iterator[Float[Tensor, "chunk head_replicate coordinate"]]:
-        for chunk in self._chunks:
-            yield chunk.reshape(len(chunk), chunk.shape[1] * self._num_replicates, -1)
+    def __iter__(self) -> Iterator[Float[Tensor, "sample head_replicate coordinate"]]:
+        for block in self._blocks:
+            yield block.reshape(len(block), block.shape[1] * self._num_replicates, -1)
 
 
 class HeadInterference(Metric):
@@ -95,7 +95,7 @@ class HeadInterference(Metric):
 
     def update(
         self,
-        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "_ head weight"]],
+        gradients: Float[Tensor, "sample head weight"] | Iterable[Float[Tensor, "sample head _"]],
         tasks: Sequence[str] | Int[Tensor, sample],
         fisher: Float[Tensor, "head weight"],
         *,
@@ -108,7 +108,8 @@ class HeadInterference(Metric):
         """Add one projection, or some heads of it.
 
         Args:
-            gradients: Per-sample gradients; or chunks of samples, in an iterable that can be read twice.
+            gradients: Per-sample gradients; or blocks of weights, one after the other, in an iterable that can be read
+                several times.
             tasks: Task of each sample, by name or by index into ``tasks`` (-1 leaves a sample out).
             fisher: Fisher pooled over tasks, on the same weights.
             layer: Layer of the projection.
@@ -123,7 +124,7 @@ class HeadInterference(Metric):
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
         """
         indices = tasks if isinstance(tasks, Tensor) else self._indices(tasks)
-        chunks = [gradients] if isinstance(gradients, Tensor) else gradients
+        blocks = [gradients] if isinstance(gradients, Tensor) else gradients
         heads = slice(first_head, first_head + fisher.shape[0])
         num_layers, num_heads = self.num_samples.shape[1:3]
         if not 0 <= layer < num_layers or heads.stop > num_heads:
@@ -136,11 +137,11 @@ class HeadInterference(Metric):
         if weights is not None:
             replicates = weights.shape[1]
             each = replicates * weights.flatten(0, 1)  # of its own sample alone
-            chunks = _Replicates(chunks, replicates)
+            blocks = _Replicates(blocks, replicates)
             fisher = fisher.reshape(len(each), -1)
             rates = None if rates is None else rates.reshape(len(each), -1)
         statistics = slice_statistics(
-            chunks,
+            blocks,
             indices.to(fisher.device),
             len(self.tasks),
             fisher,

@@ -2,14 +2,15 @@ r"""From the per-sample gradients of one slice to sums over its weights: all tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qkov_lightning.updates import STEP_SIZE, UpdateDirection, UpdateDirections, damped, inner
+from qkov_lightning.spans import Place, SamplesByTask, inner
+from qkov_lightning.updates import STEP_SIZE, UpdateDirection, UpdateDirections, damped
 
 MIN_SAMPLES = 2
 """A task with fewer samples in a slice has no score there: a variance needs two."""
@@ -123,7 +124,7 @@ def _column(values: Tensor, ndim: int) -> Tensor:
 
 
 def slice_statistics(
-    chunks: Iterable[Float[Tensor, "_ head weight"]],
+    blocks: Iterable[Float[Tensor, "_ head _"]],
     task_indices: Int[Tensor, sample],
     num_tasks: int,
     fisher: Float[Tensor, "head weight"],
@@ -135,9 +136,12 @@ def slice_statistics(
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
+    They are read three times: for the means of the tasks, for inner products with these, and for how the responses move
+    with each sample.
+
     Args:
-        chunks: Gradients of the samples in order, read several times (a list, or an object whose ``__iter__``
-            makes them anew), so that not all of them need be in memory.
+        blocks: Gradients of all samples, block after block of weights (a list, or an object whose ``__iter__`` makes them
+            anew), so that not all of them need be in memory.
         task_indices: Task of each sample, counted from 0; -1 leaves a sample out.
         num_tasks: Number of tasks.
         fisher: Fisher pooled over tasks.
@@ -151,71 +155,121 @@ def slice_statistics(
         The statistics of the samples that belong to a task.
 
     Raises:
-        ValueError: If there is not one task per sample.
+        ValueError: If there is not one task per sample, or not one Fisher per weight.
     """
+    samples = SamplesByTask(blocks, task_indices, num_tasks, fisher.shape[1])
     each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
     inverse = each / damped(fisher, damping, weights)
-    membership = torch.nn.functional.one_hot(task_indices + 1, num_tasks + 1)[:, 1:].to(fisher).T
-    count = membership.sum(dim=1).clamp(min=1)[:, None, None]
-    mean_gradient = fisher.new_zeros(num_tasks, *fisher.shape)
-    mean_absolute, mean_square = torch.zeros_like(mean_gradient), torch.zeros_like(mean_gradient)
-    start = 0
-    for chunk in chunks:
-        belongs = membership[:, start : start + len(chunk)]
-        if belongs.shape[1] != len(chunk):
-            raise ValueError(
-                f"{len(task_indices)} tasks for gradients of {start + len(chunk)} samples, expected one each."
-            )
-        start += len(chunk)
-        mean_gradient += torch.tensordot(belongs, chunk, dims=1)
-        mean_absolute += torch.tensordot(belongs, chunk.abs(), dims=1)
-        mean_square += torch.tensordot(belongs, chunk.square(), dims=1)
-    if start != len(task_indices):
-        raise ValueError(f"{len(task_indices)} tasks for gradients of {start} samples, expected one each.")
-    mean_gradient, mean_absolute, mean_square = (
-        total / count for total in (mean_gradient, mean_absolute, mean_square)
-    )
-    sensitive_to = mean_absolute * inverse
-    pushed_by = mean_square * inverse
-    pulled_by = mean_gradient * inverse
-    directions = UpdateDirections(mean_gradient, mean_square, count, damping, update, each)
-    parts: dict[str, list[Tensor]] = {}
-    # Products with the same samples are taken at once, so that the samples are read once.
-    with_gradients = torch.cat([mean_gradient * each, pulled_by, directions.weighted])
-    with_squares = torch.cat([sensitive_to, inverse[None], each[None]])
-    with_absolutes = torch.cat([pushed_by, each[None]])
-    start = 0
-    for chunk in chunks:
-        tasks = task_indices[start : start + len(chunk)]
-        start += len(chunk)
-        square, absolute = chunk.square(), chunk.abs()
-        alignment, whitened_alignment, response = inner(chunk, with_gradients).split(num_tasks, dim=1)
-        sensitivity, whitened_squared_norm, squared_norm = inner(square, with_squares).split(
-            [num_tasks, 1, 1], dim=1
+    means = _task_means(samples, each)
+    count = samples.membership.sum(dim=1).to(fisher)
+    slice_square = means.squared_norm / each.sum(dim=-1)
+    epsilon = damping * (samples.membership @ slice_square) / count.clamp(min=1)[:, None]
+
+    def directions(at: Place) -> UpdateDirections:
+        rule = update[at] if isinstance(update, Tensor) else update
+        own_epsilon = epsilon[:, at[1], None].to(fisher)
+        return UpdateDirections(
+            rule, means.gradient[at], means.square[at], count, own_epsilon, damping, each[at]
         )
-        push, absolute_norm = inner(absolute, with_absolutes).split([num_tasks, 1], dim=1)
-        results = {
-            "sensitivity": sensitivity,
-            "push": push,
-            "self_pair": inner(square.mul_(absolute), inverse[None]).squeeze(1),
-            "absolute_norm": absolute_norm.squeeze(1),
-            "alignment": alignment,
-            "squared_norm": squared_norm.squeeze(1),
-            "whitened_alignment": whitened_alignment,
-            "whitened_squared_norm": whitened_squared_norm.squeeze(1),
-            "response": directions.without_self(response, chunk, tasks),
-        }
-        for name, result in results.items():
-            parts.setdefault(name, []).append(result)
-    parts |= directions.influences(
-        chunks, task_indices, _mean_over_replicates(torch.cat(parts["response"]), num_replicates)
-    )
-    kept = task_indices >= 0
+
+    products = _inner_products(samples, means, each, inverse, slice_square, directions)
+    response = _mean_over_replicates(products["response"], num_replicates).to(fisher)
     return SliceStatistics(
-        membership=membership[:, kept].double(),
-        **{name: torch.cat(results).double()[kept] for name, results in parts.items()},
+        membership=samples.membership,
+        squared_norm=means.squared_norm,
+        **products,
+        curvature_influence=_curvature_influence(samples, response, count, slice_square, directions),
         step_size=step_size,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _TaskMeans:
+    """Means over the samples of each task, and the squared norm of each sample."""
+
+    gradient: Float[Tensor, "task head weight"]
+    absolute: Float[Tensor, "task head weight"]
+    square: Float[Tensor, "task head weight"]
+    squared_norm: Float[Tensor, "sample head"]
+
+
+def _task_means(samples: SamplesByTask, each: Float[Tensor, "head weight"]) -> _TaskMeans:
+    gradient_mean, absolute_mean, square_mean = each.new_zeros(3, len(samples.membership), *each.shape)
+    means = _TaskMeans(gradient_mean, absolute_mean, square_mean, samples.zeros(len(each)))
+    for at, gradient, square, absolute in samples:
+        means.squared_norm[:, at[1]] += inner(square, each[at][None])[:, 0]
+        for task, rows in samples.groups:
+            means.gradient[task][at] = gradient[rows].mean(dim=0)
+            means.absolute[task][at] = absolute[rows].mean(dim=0)
+            means.square[task][at] = square[rows].mean(dim=0)
+    return means
+
+
+def _inner_products(
+    samples: SamplesByTask,
+    means: _TaskMeans,
+    each: Float[Tensor, "head weight"],
+    inverse: Float[Tensor, "head weight"],
+    slice_square: Float[Tensor, "sample head"],
+    directions: Callable[[Place], UpdateDirections],
+) -> dict[str, Tensor]:
+    """Of each sample with what its task and the others need."""
+    num_tasks, num_heads = len(samples.membership), len(each)
+    # Products with the same samples are taken at once, so that the samples are read once.
+    with_gradient = samples.zeros(3 * num_tasks, num_heads)
+    with_square, with_absolute = (samples.zeros(num_tasks + 1, num_heads) for _ in range(2))
+    self_pair, own_response = (samples.zeros(num_heads) for _ in range(2))
+    slope = samples.zeros(num_tasks, num_heads)
+    for at, gradient, square, absolute in samples:
+        heads, moves = at[1], directions(at)
+        mean, one, divisor = means.gradient[at], each[at][None], inverse[at][None]
+        pulled_by = torch.cat([mean * one, mean * divisor, moves.weighted])
+        sensitive_to = torch.cat([means.absolute[at] * divisor, divisor])
+        pushed_by = torch.cat([means.square[at] * divisor, one])
+        with_gradient[..., heads] += inner(gradient, pulled_by)
+        with_square[..., heads] += inner(square, sensitive_to)
+        with_absolute[..., heads] += inner(absolute, pushed_by)
+        self_pair[:, heads] += inner(absolute.mul_(square), divisor)[:, 0]
+        for task, rows in samples.groups:
+            own = gradient[rows], square[rows], slice_square[rows, heads]
+            slope[rows, :, heads] += moves.derivative(task, *own, mean)
+            own_response[rows, heads] += moves.response_to_others(task, *own, absolute[rows])
+    alignment, whitened_alignment, response = with_gradient.split(num_tasks, dim=1)
+    own_task = samples.membership.T.bool().unsqueeze(-1)
+    return {
+        "sensitivity": with_square[:, :num_tasks],
+        "push": with_absolute[:, :num_tasks],
+        "self_pair": self_pair,
+        "absolute_norm": with_absolute[:, num_tasks],
+        "alignment": alignment,
+        "whitened_alignment": whitened_alignment,
+        "whitened_squared_norm": with_square[:, num_tasks],
+        "response": torch.where(own_task, own_response[:, None], response),
+        "slope_influence": slope,
+    }
+
+
+def _curvature_influence(
+    samples: SamplesByTask,
+    response: Float[Tensor, "sample task head"],
+    count: Float[Tensor, task],
+    slice_square: Float[Tensor, "sample head"],
+    directions: Callable[[Place], UpdateDirections],
+) -> Float[Tensor, "sample task head"]:
+    """How the mean squared response of each task moves with each sample of the pushing task."""
+    num_tasks = len(count)
+    curvature = samples.zeros(*response.shape[1:])
+    for at, gradient, square, _ in samples:
+        heads, moves = at[1], directions(at)
+        # Mean over A of each sample's gradient times its response to B: [task_a, task_b, head, weight].
+        weighted = gradient.new_zeros(num_tasks, num_tasks, *gradient.shape[1:])
+        for task, rows in samples.groups:
+            to = response[rows, :, heads].permute(2, 1, 0)
+            weighted[task] = torch.bmm(to, gradient[rows].transpose(0, 1)).transpose(0, 1) / count[task]
+        for task, rows in samples.groups:
+            own = gradient[rows], square[rows], slice_square[rows, heads]
+            curvature[rows, :, heads] += 2 * moves.derivative(task, *own, weighted[:, task])
+    return curvature
 
 
 def _mean_over_replicates(

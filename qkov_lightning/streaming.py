@@ -1,12 +1,12 @@
 """Per-sample gradients of heads, streamed from the cache in bounded memory.
 
 Beside the model, a measurement needs ``HELD_BYTES`` for gradients, the Fisher of one projection, and the factors that
-one module has in two captured steps, whatever the number of samples. Whatever is larger is made again for every pass.
+one module has in two captured steps, whatever the number of samples. A head whose gradients are larger is taken in
+pieces, some of its features at a time, which are made again for every pass.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,18 +25,14 @@ from qkov_lightning.gradients import (
     num_other_features,
     owned_gradients,
     owned_part,
-    select_samples,
 )
 from qkov_lightning.projections import Projection
 
 HELD_BYTES = 256 * 2**20
 """Gradients that are in memory at once."""
 
-CHUNK_BYTES = 4 * 2**20
-"""Gradients that are worked on at once: small enough for a processor's caches."""
-
-SAMPLES_PER_CHUNK = 8
-"""Samples that a chunk should hold, so that sums over samples are worth their reads and writes."""
+SUMMED_BYTES = 4 * 2**20
+"""Weights of the heads that are scored together: each task has several sums of this size."""
 
 Part = GradientFactors | DenseGradients
 T = TypeVar("T")
@@ -118,7 +114,7 @@ class CacheReader:
 
 
 class HeadGradients:
-    """Per-sample gradients of some heads of one projection: chunks of samples, readable many times.
+    """Per-sample gradients of some heads of one projection, readable many times.
 
     Attributes:
         heads: Which heads.
@@ -136,44 +132,38 @@ class HeadGradients:
         self.heads = heads
         self._reader = reader
         self._projection = restricted(projection, heads)
+        self._slice_bytes = slice_bytes
         self._held = held
-        sample_bytes = slice_bytes * (heads.stop - heads.start)
-        self._chunk_samples = max(1, _chunk_bytes(reader.device) // sample_bytes)
         if held is None and projection.module_name not in reader._readable:
             for _ in reader.parts(self._projection):  # finds what is damaged
                 pass
         self.records = reader.readable(projection.module_name)
 
-    def __iter__(self) -> Iterator[Float[Tensor, "sample head weight"]]:
-        """Chunks of all samples, oldest first."""
-        return self._chunks(self.records, 0)
+    def __iter__(self) -> Iterator[Float[Tensor, "sample head _"]]:
+        """Gradients of all samples, oldest first: whole, or block after block of weights."""
+        if self._held is not None:
+            yield self._held
+            return
+        num_samples = sum(len(record.samples) for record in self.records)
+        num_features = self._projection.head_dim
+        # Two at once: whoever reads still has a piece while the next one is made.
+        size = max(1, HELD_BYTES * num_features // (2 * num_samples * self._slice_bytes))
+        for features in torch.arange(num_features).split(size):
+            yield _held(self._reader, restricted(self._projection, slice(None), features), num_samples)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task of every sample."""
+        return [name for record in self.records for name in record.samples.tasks]
+
+    @property
+    def steps(self) -> list[int]:
+        """Captured step of every sample."""
+        return [record.step for record in self.records for _ in record.samples.tasks]
 
     def release(self) -> None:
         """Let go of what is held; a further pass would read the cache again."""
         self._held = None
-
-    def by_step(
-        self, first_step: int
-    ) -> Iterator[tuple[list[str], Iterator[Float[Tensor, "sample head weight"]]]]:
-        """Tasks of the samples, and their chunks, of each captured step from ``first_step`` on."""
-        start = 0
-        for step, group in itertools.groupby(self.records, key=lambda record: record.step):
-            records = list(group)
-            names = [name for record in records for name in record.samples.tasks]
-            if step >= first_step:
-                yield names, self._chunks(records, start)
-            start += len(names)
-
-    def _chunks(self, records: Sequence[CacheRecord], start: int) -> Iterator[Tensor]:
-        if self._held is not None:
-            count = sum(len(record.samples) for record in records)
-            yield from self._held[start : start + count].split(self._chunk_samples)
-            return
-        for record, part in self._reader.parts(self._projection, records):
-            for first in range(0, len(record.samples), self._chunk_samples):
-                some = select_samples(part, first, min(first + self._chunk_samples, len(record.samples)))
-                made = owned_gradients(some)
-                yield made.view(len(made), self._projection.num_heads, -1)
 
 
 def head_gradients_of(reader: CacheReader, projection: Projection) -> Iterator[HeadGradients]:
@@ -187,7 +177,7 @@ def head_gradients_of(reader: CacheReader, projection: Projection) -> Iterator[H
         return
     num_samples = sum(len(record.samples) for record in reader.readable(projection.module_name))
     held_heads = HELD_BYTES // (num_samples * slice_bytes)
-    together = max(1, _chunk_bytes(reader.device) // (SAMPLES_PER_CHUNK * slice_bytes))
+    together = max(1, SUMMED_BYTES // slice_bytes) if held_heads else 1
     for heads in _ranges(slice(0, projection.num_heads), max(1, held_heads)):
         held = _held(reader, restricted(projection, heads), num_samples) if held_heads else None
         for some in _ranges(heads, together):
@@ -238,8 +228,3 @@ def restricted(
 def _ranges(whole: slice, size: int) -> Iterator[slice]:
     for start in range(whole.start, whole.stop, size):
         yield slice(start, min(start + size, whole.stop))
-
-
-def _chunk_bytes(device: torch.device) -> int:
-    # Many small kernels would keep an accelerator waiting.
-    return CHUNK_BYTES if device.type == "cpu" else HELD_BYTES // 4

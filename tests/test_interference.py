@@ -7,7 +7,7 @@ import torch
 from oracles import naive_conflict, naive_cosine, naive_interference, naive_relative, naive_responses
 from torch import Tensor
 
-from qkov_lightning import EmpiricalFisher, HeadInterference, head_interference
+from qkov_lightning import EmpiricalFisher, HeadInterference, head_interference, spans
 from qkov_lightning.interference import SCORES, sample_pairs
 from qkov_lightning.reduction import slice_statistics
 
@@ -104,18 +104,6 @@ def test_tasks_that_want_opposite_weights_conflict_and_tasks_that_want_the_same_
         scores = head_interference(samples, ["a"] * 10 + ["b"] * 10, samples.square().mean(dim=0))["a", "b"]
         assert scores["conflict"].item() * sign > 0.9
         assert scores["loss_rise"].item() * sign < 0
-
-
-def test_directions_for_more_tasks_than_fit_in_memory_at_once_give_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    samples = gradients()
-    expected = head_interference(samples, TASKS, pooled(samples), DAMPING)
-    monkeypatch.setattr("qkov_lightning.updates.INFLUENCE_BYTES", 1)
-    found = head_interference(samples, TASKS, pooled(samples), DAMPING)
-    for pair, scores in expected.items():
-        for name, value in scores.items():
-            torch.testing.assert_close(found[pair][name], value, **EXACT)
 
 
 def test_pair_matrices_equal_the_naive_loop() -> None:
@@ -232,12 +220,24 @@ def test_standard_errors_agree_with_repeated_sampling(score: str) -> None:
         assert errors.square().mean().sqrt().item() == pytest.approx(values.std().item(), rel=0.1), pair
 
 
-def test_chunks_of_samples_give_the_same_as_one_tensor() -> None:
+@pytest.mark.parametrize("update", ["adam", "sgd", "rates"])
+@pytest.mark.parametrize(
+    ("span_bytes", "min_weights"),
+    [(1, 1), (1, 3), (12 * 14 * 8, 1)],
+    ids=["1 weight", "3 weights", "2 heads"],
+)
+def test_blocks_and_spans_of_weights_give_the_same_as_one_tensor(
+    monkeypatch: pytest.MonkeyPatch, span_bytes: int, min_weights: int, update: str
+) -> None:
     samples = gradients()
-    indices = torch.tensor([0] * 5 + [1] * 4 + [-1] * 3)
+    indices = torch.tensor([0, 1, 1, -1, 0, 0, 1, -1, 0, 1, -1, 0])
     fisher = pooled(samples)
-    whole = slice_statistics([samples], indices, 2, fisher, DAMPING)
-    parts = slice_statistics(list(samples.split([1, 6, 5])), indices, 2, fisher, DAMPING)
+    rule = torch.rand(fisher.shape, dtype=torch.float64) if update == "rates" else update
+    whole = slice_statistics([samples], indices, 2, fisher, DAMPING, rule)
+    monkeypatch.setattr(spans, "SPAN_BYTES", span_bytes)
+    monkeypatch.setattr(spans, "MIN_WEIGHTS", min_weights)
+    blocks = list(samples.split([1, 4, 2], dim=2))
+    parts = slice_statistics(blocks, indices, 2, fisher, DAMPING, rule)
     for name, value in vars(whole).items():
         torch.testing.assert_close(getattr(parts, name), value, **EXACT)
 
@@ -282,6 +282,8 @@ def test_the_metric_refuses_what_does_not_fit() -> None:
         metric.update(samples, ["math"] * 4, fisher, layer=1, block="Q")
     with pytest.raises(ValueError, match="3 tasks for gradients of 4 samples"):
         metric.update(samples, ["math"] * 3, fisher, layer=0, block="Q")
+    with pytest.raises(ValueError, match="Gradients of 2 weights a head, but a Fisher of 3"):
+        metric.update([samples[..., :2]], ["math"] * 4, fisher, layer=0, block="Q")
     with pytest.raises(ValueError, match=r"damping is 0\.0"):
         head_interference(samples, ["math"] * 4, fisher, damping=0.0)
     with pytest.raises(ValueError, match="tasks is empty"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qkov_lightning import CacheError, GradientCache, Projection, contiguous_heads
+from qkov_lightning import CacheError, GradientCache, Projection, contiguous_heads, spans
 from qkov_lightning import measurement as measurement_stage
 from qkov_lightning import streaming as streaming_stage
 from qkov_lightning.capture import CapturedStep, GradientFactors
@@ -60,13 +60,17 @@ def records_of(cache: GradientCache) -> list:
     return [record for record, _ in cache.records()]
 
 
-@pytest.mark.parametrize("held_bytes", [1, 100_000, 2**28], ids=["made again", "head by head", "all held"])
+@pytest.mark.parametrize(
+    "held_bytes",
+    [1, 20_000, 100_000, 2**28],
+    ids=["feature by feature", "pieces of a head", "head by head", "all held"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_streamed_gradients_are_those_of_the_records_whatever_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_bytes: int, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(streaming_stage, "HELD_BYTES", held_bytes)
-    monkeypatch.setattr(streaming_stage, "CHUNK_BYTES", 5000)
+    monkeypatch.setattr(streaming_stage, "SUMMED_BYTES", 5000)
     records = records_of(filled(tmp_path, 5, dtype))
     reader = CacheReader(records)
     for projection in PROJECTIONS:
@@ -77,11 +81,13 @@ def test_streamed_gradients_are_those_of_the_records_whatever_fits(
         seen = []
         for gradients in head_gradients_of(reader, projection):
             for _ in range(2):
-                streamed = torch.cat(list(gradients))
+                blocks = list(gradients)
+                assert all(block.nbytes <= max(held_bytes, 20 * 4 * WIDTH) for block in blocks)
+                streamed = torch.cat(blocks, dim=2)
                 # Float32 sums over tokens, in batches of another shape.
                 torch.testing.assert_close(streamed, expected[:, gradients.heads], rtol=1e-5, atol=1e-5)
-            late = torch.cat([chunk for _, chunks in gradients.by_step(3) for chunk in chunks])
-            torch.testing.assert_close(late, expected[12:, gradients.heads], rtol=1e-5, atol=1e-5)
+            assert gradients.tasks == ["math", "code"] * 10
+            assert gradients.steps == [step for step in range(5) for _ in range(4)]
             seen += range(gradients.heads.start, gradients.heads.stop)
         assert seen == list(range(HEADS))
 
@@ -137,16 +143,17 @@ def test_memory_stays_under_the_stated_cap_whatever_the_number_of_samples(
     held = 200_000
     for stage in (streaming_stage, measurement_stage):
         monkeypatch.setattr(stage, "HELD_BYTES", held)
-    monkeypatch.setattr(streaming_stage, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(spans, "SPAN_BYTES", 20_000)
+    monkeypatch.setattr(spans, "MIN_WEIGHTS", 16)
     weights, tasks = WIDTH * WIDTH * 4, 2
-    # Of one projection: the previous Fisher, the new one in parts and joined, and each task's three sums.
+    # Of one projection: the previous Fisher, the new one in parts and joined, and each task's three means.
     fisher = 6 * tasks * weights
-    # Squares, magnitudes and their products of one chunk, and the factors of two records.
-    chunks = 8 * 20_000
+    # Gradients, squares and magnitudes that are worked on at once, and the factors of two records.
+    worked_on = 8 * 20_000
     few, many = peak_bytes(tmp_path / "few", 10), peak_bytes(tmp_path / "many", 40)
     gradients_of_one_projection = 160 * weights
     assert gradients_of_one_projection > 5 * held, "or the test would show nothing"
-    assert max(few, many) < held + fisher + chunks
+    assert max(few, many) < held + fisher + worked_on
     # What is left are numbers per sample and cell: 160 samples x 12 statistics of 4 heads in float64.
     assert many - few < 160 * 12 * 4 * 8
 
