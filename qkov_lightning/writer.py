@@ -87,6 +87,7 @@ class CacheWriter:
             except BaseException as error:
                 failed, self._error = True, error
             finally:
+                del item  # or it would stay in memory while the thread waits for the next one
                 self._queue.task_done()
         self._queue.task_done()
 

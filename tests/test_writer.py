@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,18 @@ def test_a_step_that_is_not_finite_is_dropped_and_counted(tmp_path: Path) -> Non
     assert writer.drain() == (1, 1)
     writer.close()
     assert len(contents(tmp_path)) == 1
+
+
+def test_what_is_written_is_let_go(tmp_path: Path) -> None:
+    """The thread kept the last step in memory while it waited for the next one."""
+    writer = CacheWriter(GradientCache(tmp_path))
+    step = captured(0)
+    alive = weakref.ref(step.factors["q"].activation)
+    writer.submit(0, [step])
+    del step
+    writer.drain()
+    assert alive() is None
+    writer.close()
 
 
 def test_a_full_queue_holds_training_back_and_drops_nothing(tmp_path: Path) -> None:
