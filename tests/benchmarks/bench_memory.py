@@ -33,7 +33,7 @@ def bench_memory_of_training(benchmark: Callable, report: Callable) -> None:
     for every_n_steps, what in ((1, "every"), (10, "every tenth")):
         monitored = _peak("train", str(every_n_steps))
         report(
-            f"GPT-2, 12 layers, 2 x 128 tokens: peak memory with the monitor, {what} step captured / without ({plain / 1e9:.2f} GB)",
+            f"GPT-2 small with its vocabulary, 2 x 128 tokens: peak memory with the monitor, {what} step captured / without ({plain / 1e9:.2f} GB)",
             f"{monitored / plain:.3f}",
             "1.05",
         )

@@ -30,7 +30,7 @@ def train(every_n_steps: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         every = int(every_n_steps)
         monitors = [InterferenceMonitor(every_n_steps=every)] if every else []
-        trainee = Trainee(LanguageModel(gpt2()), Path(folder), *monitors)
+        trainee = Trainee(LanguageModel(gpt2(vocabulary=50_257)), Path(folder), *monitors)
         for _ in range(12):
             trainee.step(batch_of(2))
         trainee.stop()

@@ -1,4 +1,4 @@
-"""Randomly initialised models in the shapes of known ones. The vocabulary is small: nothing is captured there."""
+"""Randomly initialised models in the shapes of known ones, with a small vocabulary by default: nothing is captured there."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ VOCABULARY = 512
 TASKS = ("math", "code")
 
 
-def gpt2(num_layers: int = 12) -> nn.Module:
-    """GPT-2 small."""
+def gpt2(num_layers: int = 12, vocabulary: int = VOCABULARY) -> nn.Module:
+    """GPT-2 small, whose own vocabulary is 50,257."""
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCABULARY, n_layer=num_layers, bos_token_id=0, eos_token_id=0,
+            vocab_size=vocabulary, n_layer=num_layers, bos_token_id=0, eos_token_id=0,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )
     )  # fmt: skip
