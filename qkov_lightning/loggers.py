@@ -1,16 +1,21 @@
-"""Send a heatmap to the trainer's loggers."""
+"""What a heatmap becomes: scalars, pictures, files, and what the trainer's loggers show."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from qkov_lightning.figures import heatmap_figure, render, save_image
 from qkov_lightning.heatmap import InterferenceHeatmap, safe_name
 from qkov_lightning.interactive import interactive_heatmap
-from qkov_lightning.tables import COLUMNS, cell_rows, select, to_csv
+from qkov_lightning.interference import SCORES
+from qkov_lightning.tables import COLUMNS, cell_rows, select, to_csv, write_tables
 from qkov_lightning.terminal import markdown_table
 
 Images = dict[tuple[str, str, str], np.ndarray]
@@ -41,6 +46,49 @@ def register_logger(class_name: str, sender: Sender) -> None:
 def caption(heatmap: InterferenceHeatmap) -> str:
     """When a picture was taken: the loggers' own counters may mean something else."""
     return f"epoch {heatmap.epoch}, step {heatmap.step}"
+
+
+def scalars(heatmap: InterferenceHeatmap) -> dict[str, float]:
+    """A handful of numbers per task pair, and one over all pairs, to stop or checkpoint on."""
+    result: dict[str, float] = {}
+    first = next(iter(heatmap.scores))
+    for a, b in heatmap.task_pairs:
+        key = f"{safe_name(a)}__{safe_name(b)}"
+        result[f"{key}/mean"] = float(heatmap.values(a, b).nanmean())
+        for score in heatmap.scores:
+            values, prefix = heatmap.values(a, b, score), "" if score == first else f"{score}_"
+            if SCORES[score].falling:
+                result[f"{key}/{prefix}min"] = -float(_largest(-values))
+            else:
+                result[f"{key}/{prefix}max"] = float(_largest(values))
+    result["max"] = max((value for key, value in result.items() if key.endswith("/max")), default=math.nan)
+    return result
+
+
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    return values.nan_to_num(nan=-math.inf).max()
+
+
+def pictures(heatmap: InterferenceHeatmap) -> Images:
+    """A picture of every score of the pairs that are shown."""
+    return {
+        (a, b, score): render(heatmap_figure(heatmap, a, b, score))
+        for a, b in heatmap.shown_pairs
+        for score in heatmap.scores
+    }
+
+
+def write_files(heatmap: InterferenceHeatmap, images: Images, directory: Path) -> None:
+    """The heatmap, its tables and its pictures in the folder of a run.
+
+    Raises:
+        OSError: If the disk refuses.
+    """
+    heatmap.save(directory / "snapshots" / f"step_{heatmap.step:08d}.json")
+    heatmap.save(directory / "latest.json")
+    write_tables(heatmap, directory)
+    for (a, b, score), image in images.items():
+        save_image(image, directory / "figures" / f"{score}_{safe_name(a)}__{safe_name(b)}.png")
 
 
 def _tensorboard(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:

@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 
 from qkov_lightning.architectures import find_projections
-from qkov_lightning.cache import CacheError, GradientCache, StepSize, adopt_directory, write_durably
+from qkov_lightning.cache import CacheError
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction, is_trainable
-from qkov_lightning.figures import heatmap_figure, render, save_image
-from qkov_lightning.heatmap import InterferenceHeatmap, safe_name
-from qkov_lightning.interference import SCORES
-from qkov_lightning.loggers import send
+from qkov_lightning.heatmap import InterferenceHeatmap
+from qkov_lightning.loggers import pictures, scalars, send, write_files
 from qkov_lightning.measurement import Rates, measure_interference
 from qkov_lightning.probe import Probe, find_probe, probe_interference
+from qkov_lightning.processes import Processes, check_strategy
 from qkov_lightning.projections import Projection
 from qkov_lightning.samples import Labels, read_labels
-from qkov_lightning.sampling import Coordinates, sampled_bytes
-from qkov_lightning.tables import write_tables
+from qkov_lightning.store import RunStore, Storage
 from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
 from qkov_lightning.updates import STEP_SIZE, UpdateDirection
 from qkov_lightning.weights import adaptive_rates
-from qkov_lightning.writer import CacheWriter
 
-Storage = Literal["auto", "factors", "sampled"]
-"""What the cache keeps: exact factors, gradients at sampled weights, or whichever fits."""
-
-T = TypeVar("T")
+NOTHING_STORED = {"cache": "", "fisher_step": 0, "storage": ""}
+"""What a checkpoint says of the store of a monitor that has switched itself off."""
 
 
 class InterferenceMonitor(Callback):
@@ -162,10 +155,7 @@ class InterferenceMonitor(Callback):
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
         self._capture: GradientCapture | None = None
-        self._cache: GradientCache | None = None
-        self._writer: CacheWriter | None = None
-        self._chosen_storage = ""
-        self._coordinates: Coordinates | None = None
+        self._store: RunStore | None = None
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Path | None = None
         self._run_id = ""
@@ -173,8 +163,6 @@ class InterferenceMonitor(Callback):
         self._switched_off = False
         self._failed_loggers: set[int] = set()
         self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
-        self._fisher_step = 0
-        self._checkpointed: list[tuple[int, int]] = []
 
     @property
     def state_key(self) -> str:
@@ -189,7 +177,7 @@ class InterferenceMonitor(Callback):
         Raises:
             ValueError: If the strategy is one under which gradients would be wrong.
         """
-        _check_strategy(trainer, self.probe is not None)
+        check_strategy(trainer, self.probe is not None)
         self._projections = list(self.projections or find_projections(pl_module))
         if self.probe is not None:
             return
@@ -238,85 +226,17 @@ class InterferenceMonitor(Callback):
             self._capture.discard()
         else:
             captured = self._capture.finish(lambda: self._labels(batch))
-        try:
-            if not self._chosen_storage:
-                captured = self._choose_storage(trainer, captured)
-            if self._writer and captured:
-                self._writer.submit(step, captured)
-        except CacheError as error:
-            self._switch_off(error)
-
-    def _choose_storage(self, trainer: Trainer, captured: list[CapturedStep]) -> list[CapturedStep]:
-        """Exact or sampled, the same in all processes, from the first captured step.
-
-        Returns:
-            What to write of this step: nothing while the first process has seen no finite gradient.
-
-        Raises:
-            CacheError: If the drawn weights cannot be written.
-        """
-        if self.storage == "factors":
-            self._chosen_storage = "factors"
-            return captured
-        usable = bool(captured) and all(one.is_finite for one in captured)
-        everyone = _gather([StepSize.of(captured)] if usable else [], trainer)
-        if not trainer.strategy.broadcast(usable):
-            self._counters["non_finite_steps"] += bool(captured)
-            return []
-        size = StepSize.total(everyone)
-        budget = int(self.max_cache_gb * 2**30) // 2  # the other half is for what checkpoints need
-        needed = size.bytes_per_sample * self.max_samples_per_task * len(size.tasks)
-        if self.storage == "auto":
-            sizes = (
-                f"{needed / 2**30:.3g} GiB for {self.max_samples_per_task} samples of {len(size.tasks)} tasks"
-            )
-            smaller = sampled_bytes(self._projections) < size.bytes_per_sample
-            chosen = "sampled" if needed > budget and smaller else "factors"
-            how = "exact" if chosen == "factors" else "sampled"
-            rank_zero_info(
-                f"InterferenceMonitor: {how} storage; exact gradients take {sizes}, and max_cache_gb={self.max_cache_gb:g} "
-                f"leaves {budget / 2**30:.3g} GiB for them."
-            )
-        else:
-            chosen = "sampled"
-        if chosen == "sampled":
-            path, failure = self._coordinates_path(), ""
-            if trainer.is_global_zero:
-                try:
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_durably(path, *Coordinates.draw(captured, self._projections).to_file())
-                except (CacheError, OSError) as error:
-                    failure = str(error)
-            if failure := trainer.strategy.broadcast(failure):
-                raise CacheError(failure)
-            self._sample_with(path)
-        self._chosen_storage = chosen
-        return captured if usable else []
-
-    def _sample_with(self, path: Path) -> None:
-        """Keep gradients at the weights of a file from now on.
-
-        Raises:
-            CacheError: If it cannot be read.
-        """
-        try:
-            coordinates = Coordinates.load(path)
-        except ValueError as error:
-            raise CacheError(str(error)) from error
-        self._coordinates = coordinates
-        if self._writer:
-            self._writer.store = lambda step: coordinates.sample(step, self._projections)
-
-    def _coordinates_path(self, cache: Path | None = None) -> Path:
-        if cache is None:
-            cache = self._cache.directory if self._cache else Path()
-        return cache / "sampling" / "coordinates.safetensors"
+        if self._store:
+            try:
+                self._store.submit(step, captured, Processes(trainer))
+            except CacheError as error:
+                self._switch_off(error)
 
     def _drain(self) -> None:
         """Wait for what is on its way to the cache, and count it."""
-        if self._writer and not self._switched_off:
+        if self._store and not self._switched_off:
             try:
-                written, dropped = self._writer.drain()
+                written, dropped = self._store.drain()
             except CacheError as error:
                 self._switch_off(error)
             else:
@@ -341,11 +261,12 @@ class InterferenceMonitor(Callback):
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        processes = Processes(trainer)
         self._drain()
-        self._agree(trainer)
-        if self._cache is None:
+        self._agree(processes)
+        if self._store is None:
             return
-        trainer.strategy.barrier("qkov_measure")
+        processes.wait()
         step = self._counters["batches"]
         own = [one for one in self._projections if one.layer % trainer.world_size == trainer.global_rank]
         bar = progress_task(trainer.progress_bar_callback, len(own))
@@ -355,46 +276,45 @@ class InterferenceMonitor(Callback):
             else:
                 with torch.inference_mode(False), torch.no_grad(), bar as advance:
                     heatmap = measure_interference(
-                        self._cache,
+                        self._store.cache,
                         self._projections,
                         pl_module,
-                        fisher_directory=self._fisher_directory(step),
-                        previous_fisher=self._fisher_directory(self._fisher_step),
-                        folded_until=self._fisher_step,
+                        fisher_directory=self._store.fisher_directory(step),
+                        previous_fisher=self._store.fisher_directory(self._store.fisher_step),
+                        folded_until=self._store.fisher_step,
                         fisher_decay=self.fisher_decay,
                         damping=self.damping,
                         update=self._update(trainer),
                         step_size=self.step_size,
                         rates=self._rates(trainer, pl_module),
                         num_hot_cells=self.num_hot_cells,
-                        coordinates=self._coordinates,
+                        coordinates=self._store.coordinates,
                         device=pl_module.device,
                         rank=trainer.global_rank,
                         world_size=trainer.world_size,
-                        gather=lambda pairs: _gather(pairs, trainer),
-                        agree=lambda error: _agree_on(error, trainer),
+                        gather=processes.gather,
+                        agree=processes.agree,
                         step=trainer.global_step,
                         epoch=trainer.current_epoch,
-                        notes=self._notes(),
+                        notes=self._notes(self._store),
                         on_projection=advance,
                     )
         except CacheError as error:
             self._switch_off(error)
             return
-        self._fisher_step = step
-        self._prune_fishers(trainer)
+        self._store.note_fisher(step, processes)
         if heatmap is not None:
             self.heatmap = heatmap
             self._publish(trainer, pl_module, heatmap)
         elif self._counters["captured_steps"]:
             self._switch_off(
-                CacheError(f"The cache {self._cache.directory} is empty: were its files deleted?")
+                CacheError(f"The cache {self._store.cache.directory} is empty: were its files deleted?")
             )
 
-    def _notes(self) -> dict[str, Any]:
+    def _notes(self, store: RunStore) -> dict[str, Any]:
         """Facts that the numbers rest on."""
-        notes: dict[str, Any] = {**self._counters, "storage": self._chosen_storage}
-        return notes if self._coordinates is None else {**notes, "sampling": self._coordinates.description}
+        notes: dict[str, Any] = {**self._counters, "storage": store.chosen}
+        return notes if store.coordinates is None else {**notes, "sampling": store.coordinates.description}
 
     def _measure_probe(
         self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe
@@ -415,8 +335,8 @@ class InterferenceMonitor(Callback):
                 num_hot_cells=self.num_hot_cells,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
-                gather=lambda pairs: _gather(pairs, trainer),
-                agree=lambda error: _agree_on(error, trainer),
+                gather=Processes(trainer).gather,
+                agree=Processes(trainer).agree,
                 step=trainer.global_step,
                 epoch=trainer.current_epoch,
             )
@@ -438,25 +358,17 @@ class InterferenceMonitor(Callback):
     # Where it shows
 
     def _publish(self, trainer: Trainer, pl_module: LightningModule, heatmap: InterferenceHeatmap) -> None:
-        scalars = {
-            f"{self.name}/{key}": value for key, value in _scalars(heatmap).items() if math.isfinite(value)
+        values = {
+            f"{self.name}/{key}": value for key, value in scalars(heatmap).items() if math.isfinite(value)
         }
         pl_module.log_dict(
-            scalars, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1
+            values, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1
         )
         if not trainer.is_global_zero or self._results is None:
             return
-        images = {
-            (a, b, score): render(heatmap_figure(heatmap, a, b, score))
-            for a, b in heatmap.shown_pairs
-            for score in heatmap.scores
-        }
+        images = pictures(heatmap)
         try:
-            heatmap.save(self._results / "snapshots" / f"step_{heatmap.step:08d}.json")
-            heatmap.save(self._results / "latest.json")
-            write_tables(heatmap, self._results)
-            for (a, b, score), image in images.items():
-                save_image(image, self._results / "figures" / f"{score}_{safe_name(a)}__{safe_name(b)}.png")
+            write_files(heatmap, images, self._results)
         except OSError as error:
             warnings.warn(f"The interference heatmap could not be written: {error}", stacklevel=2)
         # The step that Lightning gives to validation metrics, so that figures stand beside them.
@@ -476,10 +388,8 @@ class InterferenceMonitor(Callback):
         self._drain()
         return {
             **self._counters,
+            **(self._store.state() if self._store else NOTHING_STORED),
             "run_id": self._run_id,
-            "cache": str(self._cache.directory) if self._cache else "",
-            "fisher_step": self._fisher_step,
-            "storage": self._chosen_storage,
             "numbering": dict(self._capture.numbering) if self._capture else {},
         }
 
@@ -492,110 +402,44 @@ class InterferenceMonitor(Callback):
     ) -> None:
         """Keep what a restart from this checkpoint needs."""
         self._drain()
-        if self._cache and not self._switched_off:
+        if self._store and not self._switched_off:
             try:
-                self._checkpointed = [*self._checkpointed, (self._counters["batches"], self._fisher_step)][
-                    -2:
-                ]
-                self._cache.note_checkpoint(self._counters["batches"])
+                self._store.note_checkpoint(self._counters["batches"])
             except CacheError as error:
                 self._switch_off(error)
 
     def _open(self, trainer: Trainer) -> None:
-        """Open the cache of this run, a new one or that of the checkpoint, in all processes or in none.
+        """Open the store of this run, a new one or that of the checkpoint, in all processes or in none.
 
         Raises:
             ValueError: If the processes do not share the cache directory, or the checkpoint's run stored something else.
         """
+        processes = Processes(trainer)
         state, self._restored = self._restored, None
-        if state is None and self._cache is not None and trainer.global_step > 0:
-            self._writer = CacheWriter(self._cache)  # `fit` called again: go on
-            if self._coordinates:
-                self._sample_with(self._coordinates_path())
+        if state is None and self._store is not None and trainer.global_step > 0:
+            self._store.open(self._projections)  # `fit` called again: go on
             return
-        self._run_id = trainer.strategy.broadcast(state["run_id"] if state else uuid.uuid4().hex[:8])
-        self._results = Path(trainer.strategy.broadcast(str(self._results_directory(trainer))))
-        directory = (self.cache_dir or self._results / "cache") / self._run_id
-        self._counters = dict.fromkeys(self._counters, 0)
-        self._chosen_storage, self._coordinates = "", None
-        self._fisher_step = 0
+        self._run_id = processes.from_first(state["run_id"] if state else uuid.uuid4().hex[:8])
+        self._results = Path(processes.from_first(str(self._results_directory(trainer))))
+        self._counters = {key: int(state[key]) if state else 0 for key in self._counters}
         if self._capture:
-            self._capture.numbering.clear()
-        marker = directory / "shared"
+            self._capture.numbering = Counter(state["numbering"] if state else {})
         try:
-            self._cache = GradientCache(
-                directory,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-                max_samples_per_task=self.max_samples_per_task,
-                max_bytes=int(self.max_cache_gb * 2**30),
+            self._store = RunStore(
+                (self.cache_dir or self._results / "cache") / self._run_id,
+                self._projections,
+                processes,
+                self.storage,
+                self.max_samples_per_task,
+                int(self.max_cache_gb * 2**30),
             )
-            self._writer = CacheWriter(self._cache)
             if state:
-                self._resume(state, self._cache, trainer.is_global_zero)
-            if trainer.is_global_zero:
-                marker.touch()
+                self._store.resume(state, self._counters["batches"], processes)
         except CacheError as error:
             self._switch_off(error)
-        except OSError as error:
-            self._switch_off(CacheError(f"The cache directory {directory} cannot be written: {error}"))
-        self._checkpointed = [(self._counters["batches"], self._fisher_step)]
-        self._agree(trainer)
-        if self._cache is None:
-            return
-        # Every process must see what the first one writes. All raise together: one that went on alone would wait
-        # for the others.
-        if not trainer.strategy.reduce_boolean_decision(marker.exists(), all=True):
-            raise ValueError(
-                f"Not every process sees the cache directory {directory} of process 0. Give a `cache_dir` on a file "
-                "system that all processes share."
-            )
-
-    def _resume(self, state: dict[str, Any], cache: GradientCache, is_global_zero: bool) -> None:
-        """Take over the state of a checkpoint.
-
-        Raises:
-            ValueError: If its run stored something else.
-        """
-        self._counters = {key: int(state[key]) for key in self._counters}
-        if self._capture:
-            self._capture.numbering.update(state["numbering"])
-        stored = str(state.get("storage", "factors"))
-        if stored and self.storage not in {"auto", stored}:
-            raise ValueError(
-                f"InterferenceMonitor: storage is {self.storage!r}, but the checkpoint's run stores {stored!r}. Go on with "
-                f'storage="{stored}" (or "auto"), or give the new run no checkpoint.'
-            )
-        old, step, fisher_step = Path(state["cache"]), self._counters["batches"], int(state["fisher_step"])
-        if old != cache.directory and old.is_dir():
-            cache.adopt(old, before=step)
-            if is_global_zero:
-                adopt_directory(self._fisher_directory(fisher_step, old), self._fisher_directory(fisher_step))
-        elif not old.is_dir():
-            warnings.warn(
-                f"The gradient cache of the checkpoint, {old}, is gone: the next heatmap rests on new samples only.",
-                stacklevel=2,
-            )
-        cache.restart_at(step)
-        self._fisher_step = fisher_step
-        drawn = self._coordinates_path(old)
-        if stored == "sampled" and drawn.exists():
-            if old != cache.directory:
-                adopt_directory(drawn.parent, self._coordinates_path().parent)
-            self._sample_with(self._coordinates_path())
-        self._chosen_storage = stored if stored == "factors" or self._coordinates else ""
-
-    def _fisher_directory(self, step: int, cache: Path | None = None) -> Path:
-        if cache is None:
-            cache = self._cache.directory if self._cache else Path()
-        return cache / f"fisher-{step:010d}"
-
-    def _prune_fishers(self, trainer: Trainer) -> None:
-        if trainer.is_global_zero and self._cache:
-            steps = {self._fisher_step, *(fisher_step for _, fisher_step in self._checkpointed)}
-            needed = {self._fisher_directory(step) for step in steps}
-            for directory in set(self._cache.directory.glob("fisher-*")) - needed:
-                shutil.rmtree(directory, ignore_errors=True)
+        self._agree(processes)
+        if self._store:
+            self._store.check_shared(processes)
 
     def _results_directory(self, trainer: Trainer) -> Path:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -609,26 +453,22 @@ class InterferenceMonitor(Callback):
 
     # When it goes wrong, and when it ends
 
-    def _close_writer(self) -> None:
-        if self._writer:
-            self._writer.close()
-            self._writer = None
-
     def _switch_off(self, error: CacheError) -> None:
         self._switched_off = True
-        self._close_writer()
+        if self._store:
+            self._store.close()
         if self._capture:
             self._capture.remove()
         warnings.warn(
             f"The interference monitor switched itself off; training goes on. {error}", stacklevel=3
         )
 
-    def _agree(self, trainer: Trainer) -> None:
+    def _agree(self, processes: Processes) -> None:
         """Either all processes measure or none: a measurement waits for all of them."""
-        if not trainer.strategy.reduce_boolean_decision(not self._switched_off, all=True):
+        if not processes.all(not self._switched_off):
             if not self._switched_off:
                 self._switch_off(CacheError("Another process switched its own off, and says why."))
-            self._cache = None
+            self._store = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found."""
@@ -642,81 +482,15 @@ class InterferenceMonitor(Callback):
         try:
             self._drain()
         finally:
-            self._close_writer()
+            if self._store:
+                self._store.close()
             if self._capture:
                 self._capture.remove()
             if self._temporary:
                 self._temporary.cleanup()
-                self._temporary, self._cache, self._results = None, None, None
+                self._temporary, self._store, self._results = None, None, None
 
 
 def _check(name: str, value: object, valid: bool, expected: str) -> None:
     if not valid:
         raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
-
-
-def _check_strategy(trainer: Trainer, probing: bool) -> None:
-    """Refuse the strategies that split a projection, or scale the loss, where no tap sees it.
-
-    Raises:
-        ValueError: If the trainer has one of them.
-    """
-    # By name: Lightning has two packages, with a class each.
-    for name in (cls.__name__ for cls in type(trainer.strategy).__mro__):
-        if name in {"FSDPStrategy", "DeepSpeedStrategy"}:
-            raise ValueError(
-                f"InterferenceMonitor cannot vouch for its numbers under {name}: it is tested with one device, DDPStrategy and "
-                "ModelParallelStrategy (FSDP2: `fully_shard` in `configure_model`). Use one of these."
-            )
-        if name == "ModelParallelStrategy":
-            if probing:
-                raise ValueError(
-                    "InterferenceMonitor cannot run its probe under ModelParallelStrategy: outside of the training step the weights "
-                    "are in pieces. Leave `probe` out, or measure a checkpoint with `qkov probe`."
-                )
-            size = trainer.strategy.device_mesh["tensor_parallel"].size()  # type: ignore[attr-defined]
-            if size > 1:
-                raise ValueError(
-                    f"InterferenceMonitor cannot see whole heads under ModelParallelStrategy with tensor_parallel_size={size}: each "
-                    "process computes a part of every projection. Say tensor_parallel_size=1 and shard with `fully_shard`."
-                )
-
-
-def _agree_on(error: CacheError | None, trainer: Trainer) -> None:
-    """Fail in all processes or in none.
-
-    Raises:
-        CacheError: If a process has an error.
-    """
-    if not trainer.strategy.reduce_boolean_decision(error is None, all=True):
-        raise error or CacheError("Another process cannot measure, and says why.")
-
-
-def _gather(own: list[T], trainer: Trainer) -> list[T]:
-    """What all processes have."""
-    if trainer.world_size == 1:
-        return own
-    everyone: list[list[T]] = [[] for _ in range(trainer.world_size)]
-    torch.distributed.all_gather_object(everyone, own)
-    return [item for one in everyone for item in one]
-
-
-def _scalars(heatmap: InterferenceHeatmap) -> dict[str, float]:
-    """A handful of numbers per task pair, and one over all pairs, to stop or checkpoint on."""
-    result: dict[str, float] = {}
-    first = next(iter(heatmap.scores))
-    for a, b in heatmap.task_pairs:
-        key = f"{safe_name(a)}__{safe_name(b)}"
-        result[f"{key}/mean"] = float(heatmap.values(a, b).nanmean())
-        for score in heatmap.scores:
-            values, prefix = heatmap.values(a, b, score), "" if score == first else f"{score}_"
-            if SCORES[score].falling:
-                result[f"{key}/{prefix}min"] = -float(_largest(-values))
-            else:
-                result[f"{key}/{prefix}max"] = float(_largest(values))
-    result["max"] = max((value for key, value in result.items() if key.endswith("/max")), default=math.nan)
-    return result
-
-
-def _largest(values: torch.Tensor) -> torch.Tensor:
-    return values.nan_to_num(nan=-math.inf).max()

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Module, loader, trainer
 
-import qkov_lightning.monitor
+import qkov_lightning.loggers
 from qkov_lightning import GradientCache, InterferenceMonitor
 
 EPOCHS = 12
@@ -53,8 +53,8 @@ def _is_whole(path: Path) -> bool:
 def main(root: Path, kills: int) -> None:
     warnings.simplefilter("ignore")
     # Drawing is not what is tested here, and takes most of the time.
-    qkov_lightning.monitor.render = lambda _: np.zeros((4, 4, 3), dtype=np.uint8)
-    qkov_lightning.monitor.heatmap_figure = lambda *_: None
+    qkov_lightning.loggers.render = lambda _: np.zeros((4, 4, 3), dtype=np.uint8)
+    qkov_lightning.loggers.heatmap_figure = lambda *_: None
     generator, killed, finished = random.Random(0), 0, 0
     while killed < kills or not finished:
         run = root / f"run-{finished}"

@@ -132,7 +132,7 @@ class Failing(GradientCache):
 def test_an_error_switches_only_the_monitor_off_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qkov_lightning.monitor.GradientCache", Failing)
+    monkeypatch.setattr("qkov_lightning.store.GradientCache", Failing)
     module, plain = Module(), Module()
     with pytest.warns(UserWarning, match=r"switched itself off; training goes on.*disk is gone") as caught:
         trainer(tmp_path / "a", InterferenceMonitor(every_n_steps=1)).fit(module, loader(24))
@@ -150,7 +150,7 @@ def test_an_error_of_the_last_step_is_not_lost(tmp_path: Path, monkeypatch: pyte
             time.sleep(0.2)
             raise CacheError("the disk is gone")
 
-    monkeypatch.setattr("qkov_lightning.monitor.GradientCache", LateFailure)
+    monkeypatch.setattr("qkov_lightning.store.GradientCache", LateFailure)
     monitor = InterferenceMonitor(every_n_steps=1)
 
     class Stop(Callback):
