@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +69,12 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
     return values.nan_to_num(nan=-math.inf).max()
 
 
-def pictures(heatmap: InterferenceHeatmap) -> Images:
-    """A picture of every score of the pairs that are shown."""
+def pictures(heatmap: InterferenceHeatmap, scores: Sequence[str]) -> Images:
+    """A picture of each of the scores for the pairs that are shown."""
     return {
         (a, b, score): render(heatmap_figure(heatmap, a, b, score))
         for a, b in heatmap.shown_pairs
-        for score in heatmap.scores
+        for score in scores
     }
 
 

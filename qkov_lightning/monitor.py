@@ -19,6 +19,7 @@ from qkov_lightning.architectures import find_projections
 from qkov_lightning.cache import CacheError
 from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction, is_trainable
 from qkov_lightning.heatmap import InterferenceHeatmap
+from qkov_lightning.interference import SCORES
 from qkov_lightning.loggers import pictures, scalars, send, write_files
 from qkov_lightning.measurement import Rates, measure_interference
 from qkov_lightning.probe import Probe, find_probe, probe_interference
@@ -70,6 +71,7 @@ class InterferenceMonitor(Callback):
             moments that the optimiser holds at the moment ("state").
         step_size: Length of the step that ``loss_rise`` predicts: the learning rate times the number of steps.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
+        figures: Scores to draw for each task pair after each epoch, a quarter of a second each; all of them by default.
         projections: Head map; found by ``find_projections`` by default.
         probe: Samples to measure at the weights of the moment, instead of those that training happens to see: a
             DataLoader, or the name of the data module's method that returns one. See ``probe_interference``.
@@ -101,6 +103,7 @@ class InterferenceMonitor(Callback):
         update_direction: Literal["auto", "adam", "sgd", "state"] = "auto",
         step_size: float = STEP_SIZE,
         num_hot_cells: int = 10,
+        figures: Sequence[str] = tuple(SCORES),
         projections: Sequence[Projection] | None = None,
         probe: str | Probe | None = None,
         probe_loss: Callable[..., Any] | None = None,
@@ -133,6 +136,8 @@ class InterferenceMonitor(Callback):
             "auto, adam or sgd with a probe",
         )
         _check("step_size", step_size, step_size > 0, "a positive number")
+        unknown = sorted(set(figures) - set(SCORES))
+        _check("figures", list(figures), not unknown, f"some of {', '.join(SCORES)}")
         _check("num_hot_cells", num_hot_cells, num_hot_cells >= 0, "at least 0")
         self.task_of = task_of
         self.sample_id_of = sample_id_of
@@ -149,6 +154,7 @@ class InterferenceMonitor(Callback):
         self.update_direction: Literal["auto", "adam", "sgd", "state"] = update_direction
         self.step_size = step_size
         self.num_hot_cells = num_hot_cells
+        self.figures = tuple(figures)
         self.projections = projections
         self.probe = probe
         self.probe_loss = probe_loss
@@ -366,7 +372,7 @@ class InterferenceMonitor(Callback):
         )
         if not trainer.is_global_zero or self._results is None:
             return
-        images = pictures(heatmap)
+        images = pictures(heatmap, self.figures)
         try:
             write_files(heatmap, images, self._results)
         except OSError as error:

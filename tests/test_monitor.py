@@ -188,6 +188,17 @@ def test_the_csv_logger_gets_the_scalars(tmp_path: Path) -> None:
     assert (Path(fit.logger.log_dir) / "interference" / "latest.json").exists()
 
 
+@pytest.mark.parametrize("scores", [("relative", "loss_rise"), ()])
+def test_only_the_chosen_scores_are_drawn_and_all_are_kept(tmp_path: Path, scores: tuple[str, ...]) -> None:
+    monitor = InterferenceMonitor(every_n_steps=1, figures=scores)
+    fit = trainer(tmp_path, monitor)
+    fit.fit(Module(), loader(24), loader(8))
+    drawn = {path.name.split("_math")[0].split("_code")[0] for path in monitor.results.glob("figures/*.png")}
+    assert drawn == set(scores)
+    saved = InterferenceHeatmap.load(monitor.results / "latest.json")
+    assert set(saved.scores) == set(SCORES)
+
+
 def test_tensorboard_gets_figures_a_table_and_scalars(tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monitor = InterferenceMonitor(every_n_steps=1)
@@ -414,6 +425,10 @@ def test_fitting_again_goes_on_with_the_same_cache(tmp_path: Path) -> None:
         ({"fisher_decay": 1.0}, "fisher_decay is 1.0, expected at least 0 and less than 1"),
         ({"damping": 0.0}, "damping is 0.0, expected a positive number"),
         ({"num_hot_cells": -1}, "num_hot_cells is -1, expected at least 0"),
+        (
+            {"figures": ["relativ"]},
+            r"figures is \['relativ'\], expected some of interference, relative, cosine",
+        ),
     ],
 )
 def test_a_setting_out_of_range_is_refused(setting: dict[str, Any], message: str) -> None:
