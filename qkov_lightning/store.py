@@ -227,24 +227,26 @@ class RunStore:
                 f"InterferenceMonitor: storage is {self._storage!r}, but the checkpoint's run stores {stored!r}. Go on with "
                 f'storage="{stored}" (or "auto"), or give the new run no checkpoint.'
             )
-        # Empty if the monitor had switched itself off by then.
-        old, new = Path(state["cache"] or "no cache"), self.cache.directory
+        new = self.cache.directory
         self.fisher_step = int(state["fisher_step"])
-        if old != new and old.is_dir():
+        # No name if the monitor had switched itself off by then.
+        old = Path(state["cache"]) if state["cache"] else None
+        if old is None or not old.is_dir():
+            warnings.warn(
+                f"The gradient cache of the checkpoint{f', {old},' if old else ''} is gone: the next heatmap rests on new "
+                "samples only.",
+                stacklevel=2,
+            )
+        elif old != new:
             self.cache.adopt(old, before=step)
             if processes.is_first:
                 adopt_directory(
                     self.fisher_directory(self.fisher_step, old), self.fisher_directory(self.fisher_step)
                 )
-        elif not old.is_dir():
-            warnings.warn(
-                f"The gradient cache of the checkpoint, {old}, is gone: the next heatmap rests on new samples only.",
-                stacklevel=2,
-            )
         self.cache.restart_at(step)
         drawn = self._coordinates_path(old)
         if stored == "sampled" and drawn.exists():
-            if old != new:
+            if old not in {None, new}:
                 adopt_directory(drawn.parent, self._coordinates_path().parent)
             self._keep(_loaded(self._coordinates_path()))
         self.chosen = stored if stored == "factors" or self.coordinates else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,28 @@ def test_a_resumed_run_gives_the_heatmap_of_one_that_never_stopped(tmp_path: Pat
     resumed = monitor()
     resumable(second, resumed, 4).fit(Module(), *data(), ckpt_path=last, weights_only=False)
     assert resumed.heatmap.to_json() == straight.heatmap.to_json()
+
+
+@pytest.mark.parametrize("how", ["deleted", "never named"])
+def test_a_checkpoint_whose_cache_is_gone_starts_a_new_one_and_says_so(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a name, as after the monitor has switched itself off, it is not the working directory."""
+    first = InterferenceMonitor(every_n_steps=1)
+    resumable(tmp_path / "first", first, 1).fit(Module(), loader(24, ids=False), loader(8))
+    state = first.state_dict()
+    monkeypatch.chdir(state["cache"])
+    if how == "deleted":
+        shutil.move(state["cache"], tmp_path / "elsewhere")
+    else:
+        state["cache"] = ""
+    second = InterferenceMonitor(every_n_steps=1)
+    second.load_state_dict(state)
+    with pytest.warns(
+        UserWarning, match="cache of the checkpoint.* is gone: the next heatmap rests on new samples"
+    ):
+        trainer(tmp_path / "second", second).fit(Module(), loader(8, ids=False), loader(8))
+    assert second.heatmap.samples_per_task == {"code": 4, "math": 4}
 
 
 def test_no_hook_survives_a_fit_an_exception_or_ctrl_c(tmp_path: Path) -> None:
