@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from qkov_lightning.reduction import Estimate, SliceStatistics, slice_statistics
@@ -215,37 +215,41 @@ def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: 
 
     Args:
         score: The score.
-        statistics: Statistics in which the replicates of a head stand side by side as if they were heads.
+        statistics: Of the mean over all replicates and over all but one, as from ``leave_out_replicates``.
         num_replicates: R.
 
     Returns:
         The score of every head.
     """
+    estimate = score.function(statistics)
     if num_replicates == 1:  # every weight was kept
-        return score.function(statistics)
-    whole = torch.arange(num_replicates)
-    estimate = score.function(_over_replicates(statistics, whole, num_replicates))
-    left_out = [
-        score.function(_over_replicates(statistics, whole[whole != replicate], num_replicates))
-        for replicate in range(num_replicates)
-    ]
-    values = torch.stack([one.value for one in left_out])
+        return estimate
+    value, *left_out = estimate.value.unflatten(-1, (-1, num_replicates + 1)).unbind(-1)
+    variance, *variances = estimate.variance.unflatten(-1, (-1, num_replicates + 1)).unbind(-1)
+    values = torch.stack(left_out)
     sampling_variance = values.var(dim=0, correction=0) * (num_replicates - 1)
     # The variance over samples contains each sample's own share of the sampling error, which falls as 1 / R.
-    variances = torch.stack([one.variance for one in left_out]).mean(dim=0)
-    variance = (num_replicates * estimate.variance - (num_replicates - 1) * variances).clamp(min=0)
-    value = estimate.value
+    mean_variance = torch.stack(variances).mean(dim=0)
+    variance = (num_replicates * variance - (num_replicates - 1) * mean_variance).clamp(min=0)
     if score.natural_range is None:
         value = num_replicates * value - (num_replicates - 1) * values.mean(dim=0)
     return Estimate(value, variance + sampling_variance)
 
 
-def _over_replicates(
-    statistics: SliceStatistics, replicates: Int[Tensor, replicate], num_replicates: int
-) -> SliceStatistics:
-    """Mean of the statistics over some replicates."""
+def leave_out_replicates(statistics: SliceStatistics, num_replicates: int) -> SliceStatistics:
+    """Means of the statistics over replicates: over all of them, and over all but each one, side by side as if they were heads.
+
+    Args:
+        statistics: Statistics in which the replicates of a head stand side by side as if they were heads.
+        num_replicates: R; of a single one there is nothing to leave out.
+    """
+    if num_replicates == 1:
+        return statistics
+    shares = torch.full((num_replicates + 1, num_replicates), 1 / (num_replicates - 1), dtype=torch.float64)
+    shares[0] = 1 / num_replicates
+    shares[1:].fill_diagonal_(0)
     means = {
-        name: value.unflatten(-1, (-1, num_replicates))[..., replicates].mean(dim=-1)
+        name: (value.unflatten(-1, (-1, num_replicates)) @ shares.T.to(value)).flatten(-2)
         for name, value in vars(statistics).items()
         if name not in {"membership", "step_size"}
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.facets import draw_strip, scale_of
-from qkov_lightning.interference import SCORES, sampled_estimate
+from qkov_lightning.interference import SCORES, leave_out_replicates, sampled_estimate
 from qkov_lightning.projections import BLOCKS, Block
 from qkov_lightning.reduction import MIN_SAMPLES, slice_statistics
 from qkov_lightning.updates import STEP_SIZE, UpdateDirection
@@ -156,6 +156,7 @@ class HeadInterference(Metric):
         enough = count >= MIN_SAMPLES
         num_pairs = count[:, None] * (count[None, :] - torch.eye(len(count)).to(count))
         num_pairs = torch.where(enough[:, None] & enough[None, :], num_pairs, 0).unsqueeze(-1)
+        statistics = leave_out_replicates(statistics, replicates)
         for score in SCORES.values():
             estimate = sampled_estimate(score, statistics, replicates)
             # A NaN without pairs is "no data yet"; any other NaN (0 / 0) stays one.

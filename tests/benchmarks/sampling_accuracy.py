@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer
 from qkov_lightning import GradientCapture, find_projections, task
 from qkov_lightning.capture import CapturedStep
 from qkov_lightning.gradients import head_gradients, owned_part
-from qkov_lightning.interference import SCORES, Score, sampled_estimate
+from qkov_lightning.interference import SCORES, Score, leave_out_replicates, sampled_estimate
 from qkov_lightning.reduction import Estimate, SliceStatistics, slice_statistics
 from qkov_lightning.sampling import SliceSample, draw_slice
 
@@ -119,6 +119,7 @@ def scores(
         weights=replicates * weights.flatten(0, 1),
         num_replicates=replicates,
     )
+    statistics = leave_out_replicates(statistics, replicates)
     result = {}
     for name, score in SCORES.items():
         estimate = sampled_estimate(replace(score, function=_of_known_samples(score)), statistics, replicates)
