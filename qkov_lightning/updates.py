@@ -76,7 +76,8 @@ class UpdateDirections:
         damping: float,
         weights: Float[Tensor, "head weight"],
     ) -> None:
-        self._update, self._damping, self._weights = update, damping, weights
+        self._is_adaptive = not isinstance(update, Tensor) and update == "adam"
+        self._damping, self._weights = damping, weights
         self._mean, self._square, self._count = mean_gradient, mean_square, count
         self._epsilon = epsilon
         self._rate = update_rate(update, mean_square, epsilon)
@@ -107,7 +108,7 @@ class UpdateDirections:
         others = (count - 1).clamp(min=1)
         # g times the sum of the others' gradients.
         product = torch.addcmul(square, gradient, count * self._mean[task], value=-1, out=scratch).neg_()
-        if self._update != "adam":
+        if not self._is_adaptive:
             return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
         total = count * self._square[task]
         damping = count * self._epsilon[task][:, 0] - self._damping * slice_square
@@ -134,7 +135,7 @@ class UpdateDirections:
         """
         rate = self._rate[task] * self._weights
         moved = inner(gradient, vectors * rate)
-        if self._update != "adam":
+        if not self._is_adaptive:
             return moved
         # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
         slowed = vectors * (self._mean[task] * self._rate[task].square() * rate / 2)
