@@ -71,7 +71,7 @@ class InterferenceMonitor(Callback):
             moments that the optimiser holds at the moment ("state").
         step_size: Length of the step that ``loss_rise`` predicts: the learning rate times the number of steps.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
-        figures: Scores to draw for each task pair after each epoch, a quarter of a second each; all of them by default.
+        figures: Scores to draw for each task pair after each epoch; all of them by default.
         projections: Head map; found by ``find_projections`` by default.
         probe: Samples to measure at the weights of the moment, instead of those that training happens to see: a
             DataLoader, or the name of the data module's method that returns one. See ``probe_interference``.
@@ -137,7 +137,7 @@ class InterferenceMonitor(Callback):
         )
         _check("step_size", step_size, step_size > 0, "a positive number")
         unknown = sorted(set(figures) - set(SCORES))
-        _check("figures", list(figures), not unknown, f"some of {', '.join(SCORES)}")
+        _check("figures", list(figures), not unknown, f"a list of some of {', '.join(SCORES)}")
         _check("num_hot_cells", num_hot_cells, num_hot_cells >= 0, "at least 0")
         self.task_of = task_of
         self.sample_id_of = sample_id_of
@@ -425,7 +425,9 @@ class InterferenceMonitor(Callback):
         if state is None and self._store is not None and trainer.global_step > 0:
             self._store.open(self._projections)  # `fit` called again: go on
             return
-        self._run_id = processes.from_first(state["run_id"] if state else uuid.uuid4().hex[:8])
+        # A monitor that had switched itself off names no cache: what it left behind is no start for a new one.
+        known = state["run_id"] if state and state["cache"] else uuid.uuid4().hex[:8]
+        self._run_id = processes.from_first(known)
         self._results = Path(processes.from_first(str(self._results_directory(trainer))))
         self._counters = {key: int(state[key]) if state else 0 for key in self._counters}
         if self._capture:

@@ -53,6 +53,7 @@ class RunStore:
     ) -> None:
         self._storage: Storage = storage
         self._max_samples_per_task, self._max_bytes = max_samples_per_task, max_bytes
+        self._is_new = not directory.is_dir()
         self.cache = GradientCache(
             directory,
             rank=processes.rank,
@@ -63,8 +64,8 @@ class RunStore:
         self.coordinates: Coordinates | None = None
         self.chosen = ""
         self.fisher_step = 0
-        self._checkpointed = [(0, 0)]
-        self._num_unusable = 0
+        self._checkpointed = [(0, 0)]  # batches and Fisher of the last two checkpoints
+        self._num_unusable = 0  # steps seen before the choice that have no finite gradient
         self._marker = directory / "shared"
         if processes.is_first:
             try:
@@ -92,7 +93,7 @@ class RunStore:
             )
 
     def submit(self, step: int, captured: list[CapturedStep], processes: Processes) -> None:
-        """Write a captured step soon; the first one decides what is kept.
+        """Write a captured step soon; the first one decides what is kept, which all processes do together.
 
         Raises:
             CacheError: If an earlier step, or the drawn weights, could not be written.
@@ -231,7 +232,7 @@ class RunStore:
         self.fisher_step = int(state["fisher_step"])
         # No name if the monitor had switched itself off by then.
         old = Path(state["cache"]) if state["cache"] else None
-        if old is None or not old.is_dir():
+        if old is None or not old.is_dir() or (old == new and self._is_new):
             warnings.warn(
                 f"The gradient cache of the checkpoint{f', {old},' if old else ''} is gone: the next heatmap rests on new "
                 "samples only.",
@@ -246,7 +247,7 @@ class RunStore:
         self.cache.restart_at(step)
         drawn = self._coordinates_path(old)
         if stored == "sampled" and drawn.exists():
-            if old not in {None, new}:
+            if old is not None and old != new:
                 adopt_directory(drawn.parent, self._coordinates_path().parent)
             self._keep(_loaded(self._coordinates_path()))
         self.chosen = stored if stored == "factors" or self.coordinates else ""

@@ -265,8 +265,8 @@ def test_a_resumed_run_gives_the_heatmap_of_one_that_never_stopped(tmp_path: Pat
 def test_a_checkpoint_whose_cache_is_gone_starts_a_new_one_and_says_so(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a name, as after the monitor has switched itself off, it is not the working directory."""
-    first = InterferenceMonitor(every_n_steps=1)
+    """Without a name, as after the monitor has switched itself off, it is neither the working directory nor the old cache."""
+    first = InterferenceMonitor(every_n_steps=1, cache_dir=tmp_path / "cache")
     resumable(tmp_path / "first", first, 1).fit(Module(), loader(24, ids=False), loader(8))
     state = first.state_dict()
     monkeypatch.chdir(state["cache"])
@@ -274,7 +274,7 @@ def test_a_checkpoint_whose_cache_is_gone_starts_a_new_one_and_says_so(
         shutil.move(state["cache"], tmp_path / "elsewhere")
     else:
         state["cache"] = ""
-    second = InterferenceMonitor(every_n_steps=1)
+    second = InterferenceMonitor(every_n_steps=1, cache_dir=tmp_path / "cache")
     second.load_state_dict(state)
     with pytest.warns(
         UserWarning, match="cache of the checkpoint.* is gone: the next heatmap rests on new samples"
@@ -450,7 +450,7 @@ def test_fitting_again_goes_on_with_the_same_cache(tmp_path: Path) -> None:
         ({"num_hot_cells": -1}, "num_hot_cells is -1, expected at least 0"),
         (
             {"figures": ["relativ"]},
-            r"figures is \['relativ'\], expected some of interference, relative, cosine",
+            r"figures is \['relativ'\], expected a list of some of interference, relative, cosine",
         ),
     ],
 )
