@@ -84,7 +84,10 @@ class EmpiricalFisher:
         if not num_steps:
             return
         new = weighted_squares(blocks, coefficients)
-        for (task, count), total in zip(num_steps.items(), new, strict=True):
+        # A run may go on in another precision.
+        self._average = {task: average.to(new.dtype) for task, average in self._average.items()}
+        for (task, count), share in zip(num_steps.items(), new, strict=True):
+            total = share.clone()
             if task in self._average:
                 total.add_(self._average[task], alpha=self.decay**count)
             self._average[task] = total

@@ -22,6 +22,27 @@ def test_the_average_equals_the_online_recursion_per_task() -> None:
     torch.testing.assert_close(fisher.estimate("rare"), online_fisher(rare, 0.8), rtol=1e-12, atol=0)
 
 
+def test_several_steps_at_once_equal_one_after_the_other_in_any_precision_and_shape() -> None:
+    """Tasks come and go, the precision changes; a graph of the gradients is not kept."""
+    for shape in ((), (3,), (2, 3)):
+        single, together = EmpiricalFisher(0.7), EmpiricalFisher(0.7)
+        steps = [torch.randn(4, *shape, dtype=torch.float64) for _ in range(6)]
+        tasks = [["a"] * 4, ["a", "b"] * 2, ["b"] * 4, ["c", "a", "a", "c"], ["a"] * 4, ["c"] * 4]
+        for step, names in zip(steps, tasks, strict=True):
+            single.update(step.clone().requires_grad_(), names)
+        numbers = [number for number in range(6) for _ in range(4)]
+        names = [name for own in tasks for name in own]
+        together.fold([torch.cat(steps)], names, numbers)
+        late = EmpiricalFisher(0.7)
+        late.fold([torch.cat(steps[:3]).float()], names[:12], numbers[:12])
+        late.fold([torch.cat(steps)], names, numbers, first_step=3)
+        for task in "abc":
+            torch.testing.assert_close(together.estimate(task), single.estimate(task), rtol=1e-12, atol=0)
+            torch.testing.assert_close(late.estimate(task), single.estimate(task), rtol=1e-6, atol=0)
+        assert late.pooled().dtype == torch.float64
+        assert not single.pooled().requires_grad
+
+
 def test_every_task_weighs_the_same_in_the_pool_whatever_its_share() -> None:
     fisher = EmpiricalFisher()
     fisher.update(torch.cat([torch.full((9, 1), 1.0), torch.full((1, 1), 3.0)]), ["often"] * 9 + ["rare"])
