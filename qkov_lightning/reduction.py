@@ -31,7 +31,7 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class SliceStatistics:
-    r"""What the scores are made of: sums over weights, per sample, in float64.
+    r"""What the scores are made of: sums over weights, per sample, in float64. The samples stand in the order of their tasks.
 
     Attributes:
         membership: 1 where a sample belongs to a task.
@@ -136,7 +136,7 @@ def slice_statistics(
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
-    They are read three times: for the means of the tasks, for inner products with these, and for how the responses move
+    They are read three times: for the sums of the tasks, for inner products with these, and for how the responses move
     with each sample.
 
     Args:
@@ -160,23 +160,23 @@ def slice_statistics(
     samples = SamplesByTask(blocks, task_indices, num_tasks, fisher.shape[1])
     each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
     inverse = each / damped(fisher, damping, weights)
-    means = _task_means(samples, each)
+    sums = _task_sums(samples, each)
     count = samples.membership.sum(dim=1).to(fisher)
-    slice_square = means.squared_norm / each.sum(dim=-1)
+    slice_square = sums.squared_norm / each.sum(dim=-1)
     epsilon = damping * (samples.membership @ slice_square) / count.clamp(min=1)[:, None]
 
     def directions(at: Place) -> UpdateDirections:
         rule = update[at] if isinstance(update, Tensor) else update
-        own_epsilon = epsilon[:, at[1], None].to(fisher)
+        own_epsilon = epsilon[:, at[1], None]
         return UpdateDirections(
-            rule, means.gradient[at], means.square[at], count, own_epsilon, damping, each[at]
+            rule, sums.gradient[at], sums.square[at], count, own_epsilon, damping, each[at]
         )
 
-    products = _inner_products(samples, means, each, inverse, slice_square, directions)
+    products = _inner_products(samples, sums, each, inverse, slice_square, directions)
     response = _mean_over_replicates(products["response"], num_replicates).to(fisher)
     return SliceStatistics(
         membership=samples.membership,
-        squared_norm=means.squared_norm,
+        squared_norm=sums.squared_norm,
         **products,
         curvature_influence=_curvature_influence(samples, response, count, slice_square, directions),
         step_size=step_size,
@@ -184,8 +184,8 @@ def slice_statistics(
 
 
 @dataclass(frozen=True, eq=False)
-class _TaskMeans:
-    """Means over the samples of each task, and the squared norm of each sample."""
+class _TaskSums:
+    """Sums over the samples of each task, and the squared norm of each sample."""
 
     gradient: Float[Tensor, "task head weight"]
     absolute: Float[Tensor, "task head weight"]
@@ -193,21 +193,21 @@ class _TaskMeans:
     squared_norm: Float[Tensor, "sample head"]
 
 
-def _task_means(samples: SamplesByTask, each: Float[Tensor, "head weight"]) -> _TaskMeans:
-    gradient_mean, absolute_mean, square_mean = each.new_zeros(3, len(samples.membership), *each.shape)
-    means = _TaskMeans(gradient_mean, absolute_mean, square_mean, samples.zeros(len(each)))
+def _task_sums(samples: SamplesByTask, each: Float[Tensor, "head weight"]) -> _TaskSums:
+    gradient_sum, absolute_sum, square_sum = each.new_zeros(3, len(samples.membership), *each.shape)
+    sums = _TaskSums(gradient_sum, absolute_sum, square_sum, samples.zeros(len(each)))
     for at, gradient, square, absolute in samples:
-        means.squared_norm[:, at[1]] += inner(square, each[at][None])[:, 0]
+        sums.squared_norm[:, at[1]] += inner(square, each[at][None])[:, 0]
         for task, rows in samples.groups:
-            means.gradient[task][at] = gradient[rows].mean(dim=0)
-            means.absolute[task][at] = absolute[rows].mean(dim=0)
-            means.square[task][at] = square[rows].mean(dim=0)
-    return means
+            sums.gradient[task][at] = gradient[rows].sum(dim=0)
+            sums.absolute[task][at] = absolute[rows].sum(dim=0)
+            sums.square[task][at] = square[rows].sum(dim=0)
+    return sums
 
 
 def _inner_products(
     samples: SamplesByTask,
-    means: _TaskMeans,
+    sums: _TaskSums,
     each: Float[Tensor, "head weight"],
     inverse: Float[Tensor, "head weight"],
     slice_square: Float[Tensor, "sample head"],
@@ -220,12 +220,16 @@ def _inner_products(
     with_square, with_absolute = (samples.zeros(num_tasks + 1, num_heads) for _ in range(2))
     self_pair, own_response = (samples.zeros(num_heads) for _ in range(2))
     slope = samples.zeros(num_tasks, num_heads)
+    count = samples.membership.sum(dim=1).clamp(min=1).to(each)[:, None, None]
     for at, gradient, square, absolute in samples:
         heads, moves = at[1], directions(at)
-        mean, one, divisor = means.gradient[at], each[at][None], inverse[at][None]
+        mean, mean_absolute, mean_square = (
+            one[at] / count for one in (sums.gradient, sums.absolute, sums.square)
+        )
+        one, divisor = each[at][None], inverse[at][None]
         pulled_by = torch.cat([mean * one, mean * divisor, moves.weighted])
-        sensitive_to = torch.cat([means.absolute[at] * divisor, divisor])
-        pushed_by = torch.cat([means.square[at] * divisor, one])
+        sensitive_to = torch.cat([mean_absolute * divisor, divisor])
+        pushed_by = torch.cat([mean_square * divisor, one])
         with_gradient[..., heads] += inner(gradient, pulled_by)
         with_square[..., heads] += inner(square, sensitive_to)
         with_absolute[..., heads] += inner(absolute, pushed_by)
@@ -233,6 +237,7 @@ def _inner_products(
         for task, rows in samples.groups:
             own = gradient[rows], square[rows], slice_square[rows, heads]
             slope[rows, :, heads] += moves.derivative(task, *own, mean)
+            # Last: it writes over all of them.
             own_response[rows, heads] += moves.response_to_others(task, *own, absolute[rows])
     alignment, whitened_alignment, response = with_gradient.split(num_tasks, dim=1)
     own_task = samples.membership.T.bool().unsqueeze(-1)

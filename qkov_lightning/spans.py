@@ -15,7 +15,7 @@ SPAN_BYTES = 2 * 2**20
 """Gradients that a processor works on at once: small enough for its caches."""
 
 MIN_WEIGHTS = 64
-"""Weights of a head that it works on at least, however many samples there are."""
+"""Weights of a head that a processor works on at least, however many samples there are."""
 
 Place = tuple[Any, slice, slice]
 """Indexes ``[..., head, weight]``."""
@@ -45,7 +45,7 @@ class SamplesByTask:
 
     Attributes:
         groups: For each task that has samples, where they stand.
-        membership: 1 where a sample belongs to a task.
+        membership: 1 where a sample, in the order of their tasks, belongs to a task.
     """
 
     def __init__(
@@ -83,10 +83,11 @@ class SamplesByTask:
         for block in self._blocks:
             if len(block) != self._num_samples:
                 raise ValueError(
-                    f"{self._num_samples} tasks for gradients of {len(block)} samples, expected one each."
+                    f"{self._num_samples} tasks for gradients of {len(block)} samples, expected one each: a block "
+                    "holds all samples, at some of the weights."
                 )
             for heads, weights in weight_spans(block):
-                source = block[:, heads, weights]
+                source = block[:, heads, weights].detach()
                 gradient, square, absolute = self._buffers(source)
                 torch.index_select(source, 0, self._order, out=gradient)
                 torch.mul(gradient, gradient, out=square)
@@ -115,10 +116,11 @@ def weighted_squares(
         coefficients: The c.
     """
     used = coefficients.any(dim=0).nonzero().flatten().tolist() or [0]
-    rows = slice(used[0], used[-1] + 1)  # not a copy: the new samples are the last ones
+    rows = slice(used[0], used[-1] + 1)  # not a copy: those of new steps are the last ones
     parts = []
     for block in blocks:
-        gradient = block[rows].reshape(rows.stop - rows.start, -1, block.shape[-1])
+        width = block.shape[-1] if block.ndim > 1 else 1
+        gradient = block[rows].detach().reshape(rows.stop - rows.start, -1, width)
         factors = coefficients[:, rows].to(block)
         part = block.new_empty(len(factors), *gradient.shape[1:])
         for heads, weights in weight_spans(gradient):

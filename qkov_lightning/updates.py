@@ -58,19 +58,19 @@ class UpdateDirections:
 
     Args:
         update: Rule that gives the rates.
-        mean_gradient: Mean gradient.
-        mean_square: Mean squared gradient.
+        gradient_sum: Sum of the gradients.
+        square_sum: Sum of the squared gradients.
         count: Samples of each task.
-        epsilon: Damping of each task's slices.
-        damping: What it is, relative to the mean of the mean square over the whole slice.
+        epsilon: What is added to the mean square, one number per slice.
+        damping: The share of the slice's mean of the mean square that it is.
         weights: How many weights each one stands for.
     """
 
     def __init__(
         self,
         update: UpdateDirection | Float[Tensor, "head weight"],
-        mean_gradient: Float[Tensor, "task head weight"],
-        mean_square: Float[Tensor, "task head weight"],
+        gradient_sum: Float[Tensor, "task head weight"],
+        square_sum: Float[Tensor, "task head weight"],
         count: Float[Tensor, task],
         epsilon: Float[Tensor, "task head 1"],
         damping: float,
@@ -78,9 +78,11 @@ class UpdateDirections:
     ) -> None:
         self._is_adaptive = not isinstance(update, Tensor) and update == "adam"
         self._damping, self._weights = damping, weights
-        self._mean, self._square, self._count = mean_gradient, mean_square, count
+        self._gradient_sum, self._square_sum, self._count = gradient_sum, square_sum, count
+        each = count.clamp(min=1)[:, None, None]
+        self._mean = gradient_sum / each
         self._epsilon = epsilon
-        self._rate = update_rate(update, mean_square, epsilon)
+        self._rate = update_rate(update, square_sum / each, epsilon.to(square_sum))
 
     @property
     def weighted(self) -> Float[Tensor, "task head weight"]:
@@ -95,26 +97,34 @@ class UpdateDirections:
         slice_square: Float[Tensor, "sample head"],
         scratch: Float[Tensor, "sample head weight"],
     ) -> Float[Tensor, "sample head"]:
-        """Inner product of each sample of the task with the direction of the task's other samples.
+        r"""Inner product of each sample of the task with the direction of the task's other samples.
+
+        .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1} \Big(\frac{q - g_i^2}{n - 1} + \epsilon_{-i}\Big)^{-1/2} \Big\rangle
+
+        with the sums s and q over the n samples of their gradients and squares. Where the others have no gradient at all, neither has their
+        direction.
 
         Args:
             task: The task.
-            gradient: Gradients of its samples.
+            gradient: Gradients of its samples; written over.
             square: Squared gradients; written over.
             slice_square: Their means over the whole slice.
             scratch: Memory to write to.
         """
         count = self._count[task]
         others = (count - 1).clamp(min=1)
-        # g times the sum of the others' gradients.
-        product = torch.addcmul(square, gradient, count * self._mean[task], value=-1, out=scratch).neg_()
+        # From sums, not means: without the only sample that has a gradient nothing is left, not even rounding.
+        rest = torch.sub(self._gradient_sum[task], gradient, out=scratch)
+        product = gradient.mul_(rest)
         if not self._is_adaptive:
             return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
-        total = count * self._square[task]
+        rest_square = torch.sub(self._square_sum[task], square, out=square)
+        # Beside a sample that dwarfs the others, their squares drown in rounding: they are no less than the square of
+        # their sum allows (Cauchy-Schwarz).
+        torch.maximum(rest_square, rest.square_().div_(others), out=rest_square)
         damping = count * self._epsilon[task][:, 0] - self._damping * slice_square
-        # Rounding can leave less than nothing of a weight that only this sample moves.
-        rest = torch.sub(total, square, out=square).clamp_(min=0).add_(damping.to(total)[..., None])
-        return inner(product.mul_(rest.rsqrt_()), self._weights[None])[:, 0] / others.sqrt()
+        rate = rest_square.add_(damping.clamp(min=0).to(rest)[..., None]).rsqrt_().nan_to_num_(posinf=0.0)
+        return inner(product.mul_(rate), self._weights[None])[:, 0] / others.sqrt()
 
     def derivative(
         self,

@@ -95,6 +95,29 @@ def test_the_predicted_rise_of_the_loss_is_what_a_quadratic_loss_does() -> None:
     assert error < rise / 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ratio", [0.0, 1e-5, 1e-3])
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 16])
+def test_one_sample_that_has_all_the_gradient_leaves_no_score_without_a_value(
+    count: int, ratio: float, dtype: torch.dtype
+) -> None:
+    """Without it the others' mean square is what rounding leaves, or nothing; their direction then is none."""
+    tasks = ["a"] * count + ["b"] * 4
+    size = torch.cat([torch.ones(1), torch.full((count - 1,), ratio), torch.ones(4)])
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        samples = (torch.randn(count + 4, 2, 30, generator=generator) * size[:, None, None]).to(dtype)
+        fisher = samples.square().mean(dim=0)
+        scores = head_interference(samples, tasks, fisher)
+        for pair in scores:
+            for score in ("forgetting", "loss_rise"):
+                assert scores[pair][score].isfinite().all(), (pair, score)
+                assert scores[pair][f"{score}_standard_error"].isfinite().all(), (pair, score)
+        if ratio == 0:
+            # Either the sample meets the direction of the others, which is none, or the others have no gradient.
+            assert (scores["a", "a"]["forgetting"] == 0).all()
+
+
 def test_tasks_that_want_opposite_weights_conflict_and_tasks_that_want_the_same_gain() -> None:
     shared = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     noise = 0.3 * torch.randn(20, 1, 3, dtype=torch.float64)
