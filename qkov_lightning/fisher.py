@@ -87,9 +87,9 @@ class EmpiricalFisher:
         # A run may go on in another precision.
         self._average = {task: average.to(new.dtype) for task, average in self._average.items()}
         for (task, count), share in zip(num_steps.items(), new, strict=True):
-            total = share.clone()
-            if task in self._average:
-                total.add_(self._average[task], alpha=self.decay**count)
+            before = self._average.get(task)
+            # A tensor of its own in either case: a view would keep the shares of all tasks in memory.
+            total = share.clone() if before is None else share.add(before, alpha=self.decay**count)
             self._average[task] = total
             self._num_steps[task] = self._num_steps.get(task, 0) + count
 

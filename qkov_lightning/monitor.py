@@ -325,6 +325,7 @@ class InterferenceMonitor(Callback):
     def _measure_probe(
         self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe
     ) -> InterferenceHeatmap | None:
+        processes = Processes(trainer)
         with trainer.precision_plugin.train_step_context():
             return probe_interference(
                 pl_module,
@@ -341,8 +342,8 @@ class InterferenceMonitor(Callback):
                 num_hot_cells=self.num_hot_cells,
                 rank=trainer.global_rank,
                 world_size=trainer.world_size,
-                gather=Processes(trainer).gather,
-                agree=Processes(trainer).agree,
+                gather=processes.gather,
+                agree=processes.agree,
                 step=trainer.global_step,
                 epoch=trainer.current_epoch,
             )

@@ -2,7 +2,7 @@ r"""From the per-sample gradients of one slice to sums over its weights: all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qkov_lightning.spans import Place, SamplesByTask, inner
-from qkov_lightning.updates import STEP_SIZE, UpdateDirection, UpdateDirections, damped
+from qkov_lightning.updates import STEP_SIZE, TaskSamples, UpdateDirection, UpdateDirections, damped
 
 MIN_SAMPLES = 2
 """A task with fewer samples in a slice has no score there: a variance needs two."""
@@ -161,7 +161,7 @@ def slice_statistics(
     each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
     inverse = each / damped(fisher, damping, weights)
     sums = _task_sums(samples, each)
-    count = samples.membership.sum(dim=1).to(fisher)
+    count = samples.count.to(fisher)
     slice_square = sums.squared_norm / each.sum(dim=-1)
     epsilon = damping * (samples.membership @ slice_square) / count.clamp(min=1)[:, None]
 
@@ -220,25 +220,21 @@ def _inner_products(
     with_square, with_absolute = (samples.zeros(num_tasks + 1, num_heads) for _ in range(2))
     self_pair, own_response = (samples.zeros(num_heads) for _ in range(2))
     slope = samples.zeros(num_tasks, num_heads)
-    count = samples.membership.sum(dim=1).clamp(min=1).to(each)[:, None, None]
+    count = samples.count.clamp(min=1).to(each)[:, None, None]
     for at, gradient, square, absolute in samples:
         heads, moves = at[1], directions(at)
-        mean, mean_absolute, mean_square = (
-            one[at] / count for one in (sums.gradient, sums.absolute, sums.square)
-        )
-        one, divisor = each[at][None], inverse[at][None]
+        mean, one, divisor = moves.mean_gradient, each[at][None], inverse[at][None]
         pulled_by = torch.cat([mean * one, mean * divisor, moves.weighted])
-        sensitive_to = torch.cat([mean_absolute * divisor, divisor])
-        pushed_by = torch.cat([mean_square * divisor, one])
+        sensitive_to = torch.cat([sums.absolute[at] / count * divisor, divisor])
+        pushed_by = torch.cat([moves.mean_square * divisor, one])
         with_gradient[..., heads] += inner(gradient, pulled_by)
         with_square[..., heads] += inner(square, sensitive_to)
         with_absolute[..., heads] += inner(absolute, pushed_by)
         self_pair[:, heads] += inner(absolute.mul_(square), divisor)[:, 0]
-        for task, rows in samples.groups:
-            own = gradient[rows], square[rows], slice_square[rows, heads]
-            slope[rows, :, heads] += moves.derivative(task, *own, mean)
+        for rows, own in _by_task(samples, gradient, square, slice_square[:, heads]):
+            slope[rows, :, heads] += moves.derivative(own, mean)
             # Last: it writes over all of them.
-            own_response[rows, heads] += moves.response_to_others(task, *own, absolute[rows])
+            own_response[rows, heads] += moves.response_to_others(own, absolute[rows])
     alignment, whitened_alignment, response = with_gradient.split(num_tasks, dim=1)
     own_task = samples.membership.T.bool().unsqueeze(-1)
     return {
@@ -271,10 +267,17 @@ def _curvature_influence(
         for task, rows in samples.groups:
             to = response[rows, :, heads].permute(2, 1, 0)
             weighted[task] = torch.bmm(to, gradient[rows].transpose(0, 1)).transpose(0, 1) / count[task]
-        for task, rows in samples.groups:
-            own = gradient[rows], square[rows], slice_square[rows, heads]
-            curvature[rows, :, heads] += 2 * moves.derivative(task, *own, weighted[:, task])
+        for rows, own in _by_task(samples, gradient, square, slice_square[:, heads]):
+            curvature[rows, :, heads] += 2 * moves.derivative(own, weighted[:, own.task])
     return curvature
+
+
+def _by_task(
+    samples: SamplesByTask, gradient: Tensor, square: Tensor, slice_square: Tensor
+) -> Iterator[tuple[slice, TaskSamples]]:
+    """Where the samples of each task stand, and what a direction needs of them."""
+    for task, rows in samples.groups:
+        yield rows, TaskSamples(task, gradient[rows], square[rows], slice_square[rows])
 
 
 def _mean_over_replicates(

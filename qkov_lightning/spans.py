@@ -46,6 +46,7 @@ class SamplesByTask:
     Attributes:
         groups: For each task that has samples, where they stand.
         membership: 1 where a sample, in the order of their tasks, belongs to a task.
+        count: Samples of each task.
     """
 
     def __init__(
@@ -61,7 +62,8 @@ class SamplesByTask:
         self._memory: Tensor | None = None
         tasks = task_indices[self._order]
         self.membership = torch.nn.functional.one_hot(tasks, num_tasks).T.double()
-        counts = self.membership.sum(dim=1).long().tolist()
+        self.count = self.membership.sum(dim=1)
+        counts = self.count.long().tolist()
         ends = itertools.accumulate(counts)
         self.groups = [
             (t, slice(end - n, end)) for t, (n, end) in enumerate(zip(counts, ends, strict=True)) if n

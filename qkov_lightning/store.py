@@ -232,13 +232,14 @@ class RunStore:
         self.fisher_step = int(state["fisher_step"])
         # No name if the monitor had switched itself off by then.
         old = Path(state["cache"]) if state["cache"] else None
+        moved = old is not None and old != new
         if old is None or not old.is_dir() or (old == new and self._is_new):
             warnings.warn(
                 f"The gradient cache of the checkpoint{f', {old},' if old else ''} is gone: the next heatmap rests on new "
                 "samples only.",
                 stacklevel=2,
             )
-        elif old != new:
+        elif moved:
             self.cache.adopt(old, before=step)
             if processes.is_first:
                 adopt_directory(
@@ -247,7 +248,7 @@ class RunStore:
         self.cache.restart_at(step)
         drawn = self._coordinates_path(old)
         if stored == "sampled" and drawn.exists():
-            if old is not None and old != new:
+            if moved:
                 adopt_directory(drawn.parent, self._coordinates_path().parent)
             self._keep(_loaded(self._coordinates_path()))
         self.chosen = stored if stored == "factors" or self.coordinates else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -53,6 +54,23 @@ def update_rate(
     return (mean_square + epsilon).rsqrt()
 
 
+@dataclass(frozen=True, eq=False)
+class TaskSamples:
+    """The samples of one task, at some weights of a slice.
+
+    Attributes:
+        task: The task.
+        gradient: Their gradients.
+        square: Their squared gradients.
+        slice_square: Means of these over the whole slice.
+    """
+
+    task: int
+    gradient: Float[Tensor, "sample head weight"]
+    square: Float[Tensor, "sample head weight"]
+    slice_square: Float[Tensor, "sample head"]
+
+
 class UpdateDirections:
     r"""The update direction :math:`d = \rho \bar g` of every task at some weights of a slice.
 
@@ -64,6 +82,10 @@ class UpdateDirections:
         epsilon: What is added to the mean square, one number per slice.
         damping: The share of the slice's mean of the mean square that it is.
         weights: How many weights each one stands for.
+
+    Attributes:
+        mean_gradient: Mean gradient.
+        mean_square: Mean squared gradient.
     """
 
     def __init__(
@@ -80,24 +102,19 @@ class UpdateDirections:
         self._damping, self._weights = damping, weights
         self._gradient_sum, self._square_sum, self._count = gradient_sum, square_sum, count
         each = count.clamp(min=1)[:, None, None]
-        self._mean = gradient_sum / each
+        self.mean_gradient, self.mean_square = gradient_sum / each, square_sum / each
         self._epsilon = epsilon
-        self._rate = update_rate(update, square_sum / each, epsilon.to(square_sum))
+        self._rate = update_rate(update, self.mean_square, epsilon.to(square_sum))
 
     @property
     def weighted(self) -> Float[Tensor, "task head weight"]:
         """The directions, ready for inner products over the slice."""
-        return self._mean * self._rate * self._weights
+        return self.mean_gradient * self._rate * self._weights
 
     def response_to_others(
-        self,
-        task: int,
-        gradient: Float[Tensor, "sample head weight"],
-        square: Float[Tensor, "sample head weight"],
-        slice_square: Float[Tensor, "sample head"],
-        scratch: Float[Tensor, "sample head weight"],
+        self, own: TaskSamples, scratch: Float[Tensor, "sample head weight"]
     ) -> Float[Tensor, "sample head"]:
-        r"""Inner product of each sample of the task with the direction of the task's other samples.
+        r"""Inner product of each sample of a task with the direction of the task's other samples.
 
         .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1} \Big(\frac{q - g_i^2}{n - 1} + \epsilon_{-i}\Big)^{-1/2} \Big\rangle
 
@@ -105,49 +122,39 @@ class UpdateDirections:
         direction.
 
         Args:
-            task: The task.
-            gradient: Gradients of its samples; written over.
-            square: Squared gradients; written over.
-            slice_square: Their means over the whole slice.
+            own: The samples; their gradients and squares are written over.
             scratch: Memory to write to.
         """
+        task = own.task
         count = self._count[task]
         others = (count - 1).clamp(min=1)
         # From sums, not means: without the only sample that has a gradient nothing is left, not even rounding.
-        rest = torch.sub(self._gradient_sum[task], gradient, out=scratch)
-        product = gradient.mul_(rest)
+        rest = torch.sub(self._gradient_sum[task], own.gradient, out=scratch)
+        product = own.gradient.mul_(rest)
         if not self._is_adaptive:
             return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
-        rest_square = torch.sub(self._square_sum[task], square, out=square)
+        rest_square = torch.sub(self._square_sum[task], own.square, out=own.square)
         # Beside a sample that dwarfs the others, their squares drown in rounding: they are no less than the square of
         # their sum allows (Cauchy-Schwarz).
         torch.maximum(rest_square, rest.square_().div_(others), out=rest_square)
-        damping = count * self._epsilon[task][:, 0] - self._damping * slice_square
+        damping = count * self._epsilon[task][:, 0] - self._damping * own.slice_square
         rate = rest_square.add_(damping.clamp(min=0).to(rest)[..., None]).rsqrt_().nan_to_num_(posinf=0.0)
         return inner(product.mul_(rate), self._weights[None])[:, 0] / others.sqrt()
 
     def derivative(
-        self,
-        task: int,
-        gradient: Float[Tensor, "sample head weight"],
-        square: Float[Tensor, "sample head weight"],
-        slice_square: Float[Tensor, "sample head"],
-        vectors: Float[Tensor, "other head weight"],
+        self, own: TaskSamples, vectors: Float[Tensor, "other head weight"]
     ) -> Float[Tensor, "sample other head"]:
         r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees.
 
         Args:
-            task: Whose direction moves.
-            gradient: Gradients of its samples j.
-            square: Squared gradients.
-            slice_square: Their means over the whole slice.
+            own: The samples j of the task whose direction moves.
             vectors: The y.
         """
-        rate = self._rate[task] * self._weights
-        moved = inner(gradient, vectors * rate)
+        rate = self._rate[own.task] * self._weights
+        moved = inner(own.gradient, vectors * rate)
         if not self._is_adaptive:
             return moved
         # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
-        slowed = vectors * (self._mean[task] * self._rate[task].square() * rate / 2)
-        share = self._damping * slice_square.to(slowed)[:, None] * slowed.sum(dim=-1)
-        return moved - inner(square, slowed) - share
+        slowed = vectors * (self.mean_gradient[own.task] * self._rate[own.task].square() * rate / 2)
+        share = self._damping * own.slice_square.to(slowed)[:, None] * slowed.sum(dim=-1)
+        return moved - inner(own.square, slowed) - share
