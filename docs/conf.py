@@ -12,7 +12,7 @@ from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
 from sphinx.writers.html5 import HTML5Translator
 
-from qkov_lightning.interference import SCORES
+from qkov_lightning.scores.scores import SCORES
 
 logger = getLogger(__name__)
 

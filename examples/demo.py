@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qkov_lightning import InterferenceMonitor
-from qkov_lightning.terminal import overview
+from qkov_lightning.views.terminal import overview
 
 
 class ByteLanguageModel(LightningModule):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from qkov_lightning import InterferenceMonitor
-from qkov_lightning.terminal import overview
+from qkov_lightning.views.terminal import overview
 
 
 class LoraFinetuning(LightningModule):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from qkov_lightning import InterferenceMonitor
-from qkov_lightning.figures import heatmap_figure
+from qkov_lightning.views.figures import heatmap_figure
 
 SHAPE = Qwen3Config(
     vocab_size=151_936,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qkov_lightning import EmpiricalFisher, GradientCapture, HeadInterference, find_projections, task
-from qkov_lightning.gradients import head_gradients
+from qkov_lightning.capture.gradients import head_gradients
 
 TASKS = ["prose", "code", "math"]
 

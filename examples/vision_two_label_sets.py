@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTModel
 
 from qkov_lightning import InterferenceMonitor
-from qkov_lightning.terminal import overview
+from qkov_lightning.views.terminal import overview
 
 LABELS = {"digit": lambda digit: digit, "parity": lambda digit: digit % 2}
 NUM_CLASSES = {"digit": 10, "parity": 2}

@@ -1,25 +1,25 @@
 """Where in a transformer do several tasks interfere? A Lightning callback that answers per head."""
 
-from qkov_lightning.architectures import ArchitectureError, find_projections, register_architecture
-from qkov_lightning.autograd_comparison import CaptureVerification, CellError
-from qkov_lightning.cache import CacheError, GradientCache
-from qkov_lightning.capture import CaptureWarning, GradientCapture
-from qkov_lightning.capture_check import verify_capture
-from qkov_lightning.comparability import NotComparableError
-from qkov_lightning.drift import DriftReport, Finding, check_drift
-from qkov_lightning.fisher import EmpiricalFisher
+from qkov_lightning.capture.autograd_comparison import CaptureVerification, CellError
+from qkov_lightning.capture.capture_check import verify_capture
+from qkov_lightning.capture.samples import samples_from_positions, task
+from qkov_lightning.capture.taps import CaptureWarning, GradientCapture
+from qkov_lightning.drift.comparability import NotComparableError
+from qkov_lightning.drift.drift import DriftReport, Finding, check_drift
 from qkov_lightning.freezer import HeadFreezer
-from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap
-from qkov_lightning.inspection import describe
-from qkov_lightning.interference import head_interference, sample_pairs
-from qkov_lightning.loggers import register_logger
-from qkov_lightning.metric import HeadInterference
+from qkov_lightning.heads.architectures import ArchitectureError, find_projections, register_architecture
+from qkov_lightning.heads.inspection import describe
+from qkov_lightning.heads.projections import Block, Projection, contiguous_heads
+from qkov_lightning.heads.verification import CellCheck, Verification, verify_projections
+from qkov_lightning.measure.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.measure.probe import probe_interference
 from qkov_lightning.monitor import InterferenceMonitor
-from qkov_lightning.probe import probe_interference
-from qkov_lightning.projections import Block, Projection, contiguous_heads
-from qkov_lightning.samples import samples_from_positions, task
-from qkov_lightning.statistics import PermutationTest, bootstrap_standard_error, permutation_test
-from qkov_lightning.verification import CellCheck, Verification, verify_projections
+from qkov_lightning.scores.fisher import EmpiricalFisher
+from qkov_lightning.scores.metric import HeadInterference
+from qkov_lightning.scores.resampling import PermutationTest, bootstrap_standard_error, permutation_test
+from qkov_lightning.scores.scores import head_interference, sample_pairs
+from qkov_lightning.store.cache import CacheError, GradientCache
+from qkov_lightning.views.loggers import register_logger
 
 __all__ = [
     "ArchitectureError",

@@ -15,17 +15,17 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
-from qkov_lightning.capture import LossReduction
-from qkov_lightning.capture_check import verify_capture
-from qkov_lightning.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
-from qkov_lightning.heatmap import HeatmapError, InterferenceHeatmap, printable
-from qkov_lightning.inspection import describe, load_model, random_batch
-from qkov_lightning.probe import find_probe, load_weights, probe_interference
-from qkov_lightning.projections import Block
-from qkov_lightning.report import find_latest, find_step, load_history, write_report
-from qkov_lightning.tables import COLUMNS, select, selected_rows, to_csv, to_json
-from qkov_lightning.terminal import epoch_table, markdown_table, overview
-from qkov_lightning.verification import verify_projections
+from qkov_lightning.capture.capture_check import verify_capture
+from qkov_lightning.capture.taps import LossReduction
+from qkov_lightning.drift.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
+from qkov_lightning.heads.inspection import describe, load_model, random_batch
+from qkov_lightning.heads.projections import Block
+from qkov_lightning.heads.verification import verify_projections
+from qkov_lightning.measure.heatmap import HeatmapError, InterferenceHeatmap, printable
+from qkov_lightning.measure.probe import find_probe, load_weights, probe_interference
+from qkov_lightning.views.report import find_latest, find_step, load_history, write_report
+from qkov_lightning.views.tables import COLUMNS, select, selected_rows, to_csv, to_json
+from qkov_lightning.views.terminal import epoch_table, markdown_table, overview
 
 BASELINE = Path("interference-baseline.json")
 

@@ -14,14 +14,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qkov_lightning.architectures import find_projections
-from qkov_lightning.heatmap import InterferenceHeatmap
-from qkov_lightning.interference import SCORES
+from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.projections import Projection
+from qkov_lightning.heads.weights import find_weight, local_part
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.monitor import InterferenceMonitor
-from qkov_lightning.projections import Projection
-from qkov_lightning.report import find_latest
-from qkov_lightning.tables import select
-from qkov_lightning.weights import find_weight, local_part
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.views.report import find_latest
+from qkov_lightning.views.tables import select
 
 CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
 

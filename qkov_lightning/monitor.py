@@ -15,21 +15,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from qkov_lightning.architectures import find_projections
-from qkov_lightning.cache import CacheError
-from qkov_lightning.capture import CapturedStep, GradientCapture, LossReduction, is_trainable
-from qkov_lightning.heatmap import InterferenceHeatmap
-from qkov_lightning.interference import SCORES
-from qkov_lightning.loggers import pictures, scalars, send, write_files
-from qkov_lightning.measurement import Rates, measure_interference
-from qkov_lightning.probe import Probe, find_probe, probe_interference
-from qkov_lightning.processes import Processes, check_strategy
-from qkov_lightning.projections import Projection
-from qkov_lightning.samples import Labels, read_labels
-from qkov_lightning.store import RunStore, Storage
-from qkov_lightning.terminal import epoch_table, print_beside_bar, progress_task
-from qkov_lightning.updates import STEP_SIZE, UpdateDirection
-from qkov_lightning.weights import adaptive_rates
+from qkov_lightning.capture.samples import Labels, read_labels
+from qkov_lightning.capture.strategies import check_strategy
+from qkov_lightning.capture.taps import CapturedStep, GradientCapture, LossReduction
+from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.projections import Projection
+from qkov_lightning.heads.weights import adaptive_rates, is_trainable
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.measurement import Rates, measure_interference
+from qkov_lightning.measure.probe import Probe, find_probe, probe_interference
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
+from qkov_lightning.store.cache import CacheError
+from qkov_lightning.store.processes import Processes
+from qkov_lightning.store.run import RunStore, Storage
+from qkov_lightning.views.loggers import pictures, scalars, send, write_files
+from qkov_lightning.views.terminal import epoch_table, print_beside_bar, progress_task
 
 NOTHING_STORED = {"cache": "", "fisher_step": 0, "storage": ""}
 """What a checkpoint says of the store of a monitor that has switched itself off."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from qkov_lightning.projections import BLOCKS, Projection, contiguous_heads
+from qkov_lightning.heads.projections import BLOCKS, Projection, contiguous_heads
 
 
 class GroupedAttention(nn.Module):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from qkov_lightning.heatmap import BlockInfo, InterferenceHeatmap, Layer, SamplePair
+from qkov_lightning.measure.heatmap import BlockInfo, InterferenceHeatmap, Layer, SamplePair
 
 
 def make_heatmap(

@@ -22,9 +22,9 @@ from qkov_lightning import (
     find_projections,
     task,
 )
-from qkov_lightning.gradients import head_gradients
-from qkov_lightning.interference import sample_pairs
-from qkov_lightning.updates import damped
+from qkov_lightning.capture.gradients import head_gradients
+from qkov_lightning.scores.scores import sample_pairs
+from qkov_lightning.scores.updates import damped
 
 GOALS = {"exact": "1.0", "sampled": "0.1"}
 

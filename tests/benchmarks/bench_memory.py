@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from caches import STORAGES
 
-from qkov_lightning.streaming import HELD_BYTES
+from qkov_lightning.store.streaming import HELD_BYTES
 
 HERE = Path(__file__).parent
 # What streaming.py states: gradients, the Fishers of one projection (two tasks) and factors of two steps of 8 x 128

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from shapes import batch_of, loss_of, qwen3
 
 from qkov_lightning import GradientCache, GradientCapture, find_projections, task
-from qkov_lightning.gradients import dense_gradients
+from qkov_lightning.capture.gradients import dense_gradients
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])

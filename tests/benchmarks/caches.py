@@ -16,8 +16,8 @@ from qkov_lightning import (
     InterferenceMonitor,
     find_projections,
 )
-from qkov_lightning.measurement import measure_interference
-from qkov_lightning.sampling import Coordinates
+from qkov_lightning.measure.measurement import measure_interference
+from qkov_lightning.store.sampling import Coordinates
 
 STORAGES: dict[str, dict[str, object]] = {"exact": {"storage": "factors"}, "sampled": {"storage": "sampled"}}
 """Options of the monitor for each way to store gradients."""

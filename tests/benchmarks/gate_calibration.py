@@ -26,9 +26,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkov_lightning import InterferenceHeatmap, check_drift, find_projections, probe_interference
-from qkov_lightning.heatmap import BlockInfo, Layer
-from qkov_lightning.jackknife import jackknife_error
-from qkov_lightning.probe import FISHER, MAX_GROUPS
+from qkov_lightning.measure.heatmap import BlockInfo, Layer
+from qkov_lightning.measure.jackknife import jackknife_error
+from qkov_lightning.measure.probe import FISHER, MAX_GROUPS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 from qkov_lightning import GradientCapture, find_projections
-from qkov_lightning.samples import read_labels
+from qkov_lightning.capture.samples import read_labels
 
 
 class CaptureAlone(Callback):

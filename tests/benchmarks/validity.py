@@ -26,11 +26,11 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from qkov_lightning.interference import SCORES
-from qkov_lightning.reduction import slice_statistics
-from qkov_lightning.updates import damped
+from qkov_lightning.scores.reduction import slice_statistics
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.updates import damped
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "scores"))
 from planted import named_first
 
 RECOMMENDED = "loss_rise"

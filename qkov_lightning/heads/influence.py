@@ -1,0 +1,258 @@
+"""Which slice of features moves which head of one attention layer, from derivatives.
+
+A slice is moved along infinitesimal rotations that keep its sum and its length. A normalisation over all
+features depends on a slice only through these two, so that it does not carry the movement to other heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qkov_lightning.heads.projections import Block, Projection
+
+NUM_ROTATIONS = 8
+"""Random rotations along which each slice is moved."""
+
+NUM_QUERIES = 6
+"""Query tokens that are looked at one by one, at most."""
+
+MASKED = 1e4
+"""A score below minus this is the mask's."""
+
+Derivatives = Sequence[tuple[Tensor, Tensor]]
+"""For each call of a module: derivative of a head with respect to the module's output, and that output."""
+
+
+def by_head(tensor: Tensor, num_heads: int) -> Float[Tensor, "sample head query key"] | None:
+    """Attention scores with the axis of the heads made plain, or None if it cannot be told."""
+    if tensor.ndim < 3:
+        return None
+    rows = tensor.shape[-2:]
+    if tensor.ndim >= 4 and tensor.shape[-3] == num_heads:
+        return tensor.reshape(-1, num_heads, *rows)
+    if tensor.ndim >= 5 and tensor.shape[1:-2].numel() == num_heads:  # key-value heads x query heads of each
+        return tensor.reshape(-1, num_heads, *rows)
+    if tensor.ndim == 3 and tensor.shape[0] % num_heads == 0:  # samples and heads in one axis
+        return tensor.reshape(-1, num_heads, *rows)
+    return None
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Share of the movement that may be rounding: the square root of the precision."""
+    return float(torch.finfo(dtype).eps) ** 0.5
+
+
+def slice_influence(
+    derivatives: Derivatives,
+    features: Int[Tensor, "slice feature"],
+    possible_features: Int[Tensor, "other own"],
+) -> Float[Tensor, slice]:
+    """How much each slice moves the head, as a share of what the slices ``possible_features`` could."""
+    moved = torch.zeros(len(features), dtype=torch.float64)
+    possible = torch.zeros((), dtype=torch.float64)
+    rotations = _rotations(features.shape[1])
+    for derivative, output in derivatives:
+        g, y = (t.detach().reshape(-1, t.shape[-1]).double().cpu() for t in (derivative, output))
+        sizes = g[:, possible_features].square().sum(-1) * y[:, possible_features].square().sum(-1)
+        possible += sizes.sum()
+        g, y = g[:, features], y[:, features]
+        if rotations is None:
+            moved += (g * y).sum(-1).square().sum(0)
+            continue
+        (gu, gv), (yu, yv) = ((t @ rotations[0].T, t @ rotations[1].T) for t in (g, y))
+        moved += (gu * yv - gv * yu).square().mean(-1).sum(0)
+    return (moved / possible.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+
+
+def _rotations(size: int) -> Float[Tensor, "2 rotation {size}"] | None:
+    """Pairs of random directions that keep the sum; None below 3 features, where no rotation does."""
+    if size < 3:
+        return None
+    generator = torch.Generator().manual_seed(size)
+    directions = torch.randn(2, NUM_ROTATIONS, size, generator=generator, dtype=torch.float64)
+    return directions - directions.mean(dim=-1, keepdim=True)
+
+
+def acting_features(derivatives: Derivatives) -> Bool[Tensor, feature]:
+    """Features that have any effect on the head."""
+    return torch.stack([(g.detach() != 0).flatten(0, -2).any(0).cpu() for g, _ in derivatives]).any(0)
+
+
+def acting_tokens(
+    derivatives: Derivatives, features: Int[Tensor, "slice feature"]
+) -> Int[Tensor, "call slice"]:
+    """At how many tokens each slice acts, call by call."""
+    return torch.stack([
+        (g.detach().reshape(-1, g.shape[-1]).cpu()[:, features] != 0).any(-1).sum(0) for g, _ in derivatives
+    ])
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionGraph:
+    """The computation of one attention layer, cut at its projections and at its softmax."""
+
+    layer: Mapping[Block, Projection]
+    num_heads: int
+    outputs: Mapping[str, list[Tensor]]
+    scores: Tensor
+    probabilities: Tensor
+    weighted_values: Tensor
+    context: Tensor
+
+    def problems(self) -> dict[tuple[Block, int], str | None]:
+        """What is wrong with each head of each block."""
+        scores = self._by_head(self.scores)
+        values = self._by_head(self._values(torch.randn_like(self.weighted_values)))
+        one_query, one_value = [], []
+        # Those with the largest scores: a token may be padding, or zero, or see one key under a causal mask.
+        sizes = scores.detach().double().abs()
+        strength = torch.where(sizes < MASKED, sizes, 0.0).sum(dim=(1, 3))
+        for index in strength.flatten().topk(min(NUM_QUERIES, strength.numel())).indices.tolist():
+            sample, token = divmod(index, strength.shape[1])
+            cotangent = torch.zeros_like(scores)
+            cotangent[sample, :, token].normal_()
+            one_query.append((scores, cotangent))
+            one_value.append((values, cotangent))
+        found: dict[tuple[Block, int], str | None] = {}
+        for block, projection in self.layer.items():
+            if block == "O":
+                problems = [self._output_problem(projection, head) for head in range(projection.num_heads)]
+            elif block == "V":
+                problems = self._input_problems(projection, values, one_value)
+                if self._sways_scores(projection, scores):
+                    problems = [problem or "acts on the attention scores too" for problem in problems]
+            else:
+                problems = self._input_problems(projection, scores, one_query)
+            found.update({(block, head): problem for head, problem in enumerate(problems)})
+        return found
+
+    def _by_head(self, tensor: Tensor) -> Tensor:
+        headed = by_head(tensor, self.num_heads)
+        return tensor if headed is None else headed
+
+    def _values(self, cotangent: Tensor) -> Tensor:
+        """The values, as the softmax meets them: what each attention weight does to the weighted values."""
+        (values,) = torch.autograd.grad(
+            self.weighted_values, self.probabilities, cotangent, create_graph=True
+        )
+        return values
+
+    def _derivatives(self, projection: Projection, heads: Tensor, cotangent: Tensor) -> Derivatives:
+        outputs = self.outputs.get(projection.module_name, [])
+        if not outputs or not heads.requires_grad:
+            return []
+        gradients = torch.autograd.grad(heads, outputs, cotangent, retain_graph=True, allow_unused=True)
+        return [(g, output) for g, output in zip(gradients, outputs, strict=True) if g is not None]
+
+    def _input_problems(
+        self, projection: Projection, operand: Tensor, one_token: Sequence[tuple[Tensor, Tensor]]
+    ) -> list[str | None]:
+        """What is wrong with each head of Q, K or V.
+
+        Args:
+            projection: The claims.
+            operand: What the heads move.
+            one_token: Operands and directions in which the movement of one query token is looked at.
+        """
+        features = projection.head_features
+        directions = torch.randn_like(operand)
+        moves, acting, strays = [], [], []
+        for head in range(self.num_heads):
+            derivatives = self._derivatives(projection, operand[:, head], directions[:, head])
+            if not derivatives:
+                return ["moves no head"] * projection.num_heads
+            limit = tolerance(derivatives[0][0].dtype)
+            size = derivatives[0][1].shape[-1]
+            unclaimed = self._unclaimed(projection, size)
+            moves.append(slice_influence(derivatives, features, features) > limit)
+            acting.append(acting_features(derivatives)[features])
+            strays.append(
+                bool(len(unclaimed) and slice_influence(derivatives, unclaimed[None], features) > limit)
+            )
+        tokens = [acting_tokens(self._derivatives(projection, *one), features) for one in one_token]
+        num_tokens = torch.stack(tokens).amax(0)
+        problems: list[str | None] = []
+        for head in range(projection.num_heads):
+            expected = set(range(head * projection.query_group, (head + 1) * projection.query_group))
+            moved = {h for h in range(self.num_heads) if moves[h][head]}
+            if moved != expected:
+                problems.append(_instead(moved, expected))
+                continue
+            dead = int((~torch.stack([acting[h][head] for h in expected]).any(0)).sum())
+            if dead:
+                problems.append(f"{dead} of its {projection.head_dim} features do not act on the head")
+            elif any(strays[h] for h in expected):
+                problems.append("features outside the slice act on the head too")
+            else:
+                problems.append(_role_problem(projection.block, num_tokens[:, head]))
+        return problems
+
+    def _sways_scores(self, projection: Projection, scores: Tensor) -> bool:
+        """Whether values out of a module of their own decide what is attended to."""
+        others = [self.layer[block].module_name for block in ("Q", "K") if block in self.layer]
+        if projection.module_name in others:  # there a stray feature of Q or K
+            return False
+        derivatives = self._derivatives(projection, scores, torch.randn_like(scores))
+        return any(bool((g != 0).any()) for g, _ in derivatives)
+
+    def _unclaimed(self, projection: Projection, size: int) -> Tensor:
+        """Features of the module that no block acting on the same operand claims."""
+        together: tuple[Block, ...] = ("V",) if projection.block == "V" else ("Q", "K")
+        free = torch.ones(size, dtype=torch.bool)
+        for block in together:
+            other = self.layer.get(block)
+            if other is not None and other.module_name == projection.module_name:
+                free[other.head_features] = False
+        return free.nonzero().flatten()
+
+    def _output_problem(self, projection: Projection, head: int) -> str | None:
+        features = projection.head_features[head].to(self.context.device)
+        part = self.context.detach()[..., features]
+        direction = torch.randn_like(part)
+        if len(features) >= 3:
+            part, direction = (t - t.mean(-1, keepdim=True) for t in (part, direction))
+        # At a right angle to the context, and of sum zero, or the length or the mean of the context would carry
+        # the movement through a normalisation.
+        along = (direction * part).sum(-1, keepdim=True) / part.square().sum(-1, keepdim=True).clamp(
+            min=1e-30
+        )
+        cotangent = torch.zeros_like(self.context)
+        cotangent[..., features] = direction - along * part
+        (gradient,) = torch.autograd.grad(self.context, self.probabilities, cotangent, retain_graph=True)
+        sizes = self._by_head(gradient).double().square().sum(dim=(0, 2, 3)).sqrt()
+        moved = set((sizes > tolerance(gradient.dtype) * sizes.norm()).nonzero().flatten().tolist())
+        if moved != {head}:
+            return _instead(moved, {head}).replace("moves", "carries")
+        # The derivative is linear in the cotangent: deriving it again gives the movement of each feature.
+        any_direction = torch.zeros_like(self.context, requires_grad=True)
+        (linear,) = torch.autograd.grad(self.context, self.probabilities, any_direction, create_graph=True)
+        own = self._by_head(linear)[:, head]
+        (movement,) = torch.autograd.grad(own, any_direction, torch.randn_like(own))
+        carries = (movement != 0).flatten(0, -2).any(0).cpu()
+        dead = int((~carries[projection.head_features[head]]).sum())
+        if dead:
+            return f"{dead} of its {len(features)} features carry nothing of the head"
+        carries[projection.head_features] = False
+        return "features outside the slice carry the head too" if bool(carries.any()) else None
+
+
+def _instead(moved: set[int], expected: set[int]) -> str:
+    def heads(numbers: set[int]) -> str:
+        return f"head{'s' if len(numbers) > 1 else ''} {', '.join(map(str, sorted(numbers)))}"
+
+    return f"moves {heads(moved)} instead of {heads(expected)}" if moved else "moves no head"
+
+
+def _role_problem(block: Block, num_tokens: Tensor) -> str | None:
+    """Whether the features act as what they are claimed to be, from how many tokens one query token sees."""
+    seen = num_tokens[num_tokens > 0]
+    if block == "Q":
+        return None if len(seen) and int(seen.min()) == 1 else "acts at several tokens: a key, not a query"
+    if len(seen) and int(seen.max()) > 1:
+        return None
+    return f"acts at one token only: not a {'key' if block == 'K' else 'value'}"

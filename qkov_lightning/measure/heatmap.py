@@ -1,0 +1,411 @@
+"""The result: scores per (layer, head, block), which everything downstream reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qkov_lightning.heads.projections import BLOCKS, Block
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.store.files import whole_file
+
+SCHEMA_VERSION = 1
+
+MAX_SHOWN_PAIRS = 12
+
+Status = Literal["measured", "frozen", "no data"]
+
+
+class HeatmapError(ValueError):
+    """A file is no heatmap, or one of another schema."""
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """Where one block of one layer lives, and whether it was measured.
+
+    Attributes:
+        module_name: Module that holds the projection.
+        num_heads: Heads of this block itself.
+        query_group: Query heads that share one of these heads.
+        status: "measured", "frozen" (nothing in the module trains) or "no data".
+    """
+
+    module_name: str
+    num_heads: int
+    query_group: int
+    status: Status
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer.
+
+    Attributes:
+        name: Label.
+        blocks: The blocks that were placed.
+    """
+
+    name: str
+    blocks: Mapping[Block, BlockInfo]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (layer, head, block) with one score of one task pair.
+
+    Attributes:
+        task_a: Task whose sensitivity is measured.
+        task_b: Task that pushes.
+        layer: Position of the layer.
+        layer_name: Label of the layer.
+        head: Head, counted within the block.
+        block: "Q", "K", "V" or "O".
+        value: The score.
+        standard_error: Its standard error over samples.
+    """
+
+    task_a: str
+    task_b: str
+    layer: int
+    layer_name: str
+    head: int
+    block: Block
+    value: float
+    standard_error: float
+
+    @property
+    def name(self) -> str:
+        """Short name, as in ``L15.H8.O``."""
+        return f"L{self.layer}.H{self.head}.{self.block}"
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """Two samples that interfere in one cell: ``sample_a`` of ``task_a`` is hurt by ``sample_b`` of ``task_b``."""
+
+    task_a: str
+    sample_a: str
+    task_b: str
+    sample_b: str
+    layer: int
+    head: int
+    block: Block
+    value: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task_a} sample {self.sample_a} conflicts with {self.task_b} sample {self.sample_b} "
+            f"at layer {self.layer}, head {self.head}, {self.block}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class InterferenceHeatmap:
+    """Scores of every ordered task pair in every (layer, head, block).
+
+    In every tensor the axes are ``[task_a, task_b, layer, head, block]``; heads are those of the block itself
+    (fewer for K and V under grouped-query attention), and NaN means "no data", never zero.
+
+    Attributes:
+        tasks: Names along the task axes. task_a is the task whose sensitivity is measured, task_b the
+            one that pushes; a pair of a task with itself is the within-task control.
+        layers: The attention layers.
+        scores: Values by score name.
+        standard_errors: Standard errors by score name.
+        num_samples: Samples behind each cell, ``[task, layer, head, block]``.
+        step: Optimiser steps done.
+        epoch: Epoch, from 0.
+        pairs: Sample pairs of the hottest cells, hottest first.
+        notes: Facts about the run that the numbers rest on (dropped steps, unreadable files, ...).
+        replicates: Values by score name without each group of samples, from which the standard errors were made;
+            empty where they were made in another way.
+    """
+
+    tasks: tuple[str, ...]
+    layers: tuple[Layer, ...]
+    scores: Mapping[str, Float[Tensor, "task_a task_b layer head block"]]
+    standard_errors: Mapping[str, Float[Tensor, "task_a task_b layer head block"]]
+    num_samples: Float[Tensor, "task layer head block"]
+    step: int = 0
+    epoch: int = 0
+    pairs: tuple[SamplePair, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    replicates: Mapping[str, Float[Tensor, "group task_a task_b layer head block"]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of attention layers."""
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        """Largest number of heads of any block."""
+        return int(self.num_samples.shape[2])
+
+    @property
+    def task_pairs(self) -> tuple[tuple[str, str], ...]:
+        """Ordered pairs of two different tasks; of the task with itself if there is only one."""
+        if len(self.tasks) == 1:
+            return ((self.tasks[0], self.tasks[0]),)
+        return tuple((a, b) for a in self.tasks for b in self.tasks if a != b)
+
+    @property
+    def shown_pairs(self) -> tuple[tuple[str, str], ...]:
+        """The task pairs that figures and tables show after every epoch: the twelve with the hottest cells.
+
+        All pairs of up to four tasks; ten tasks have ninety, and drawing takes time. The file has them all.
+        """
+        hottest = {pair: float(self.values(*pair).nan_to_num(nan=-1.0).max()) for pair in self.task_pairs}
+        shown = set(sorted(hottest, key=hottest.__getitem__, reverse=True)[:MAX_SHOWN_PAIRS])
+        return tuple(pair for pair in self.task_pairs if pair in shown)
+
+    @property
+    def samples_per_task(self) -> dict[str, int]:
+        """Samples of each task in the cell that has most."""
+        return {task: int(self.num_samples[i].max()) for i, task in enumerate(self.tasks)}
+
+    def values(self, a: str, b: str, score: str = "interference") -> Float[Tensor, "layer head block"]:
+        """Score of one task pair.
+
+        Raises:
+            ValueError: If the heatmap does not know the task or the score.
+        """
+        return self._of(self.scores, a, b, score)
+
+    def errors(self, a: str, b: str, score: str = "interference") -> Float[Tensor, "layer head block"]:
+        """Standard errors of one task pair.
+
+        Raises:
+            ValueError: If the heatmap does not know the task or the score.
+        """
+        return self._of(self.standard_errors, a, b, score)
+
+    def _of(self, what: Mapping[str, Tensor], a: str, b: str, score: str) -> Tensor:
+        for task in (a, b):
+            if task not in self.tasks:
+                raise ValueError(
+                    f"Task {task!r} was never seen; this heatmap has {', '.join(map(repr, self.tasks))}."
+                )
+        if score not in what:
+            raise ValueError(f"Unknown score {score!r}; this heatmap has {', '.join(what)}.")
+        return what[score][self.tasks.index(a), self.tasks.index(b)]
+
+    def per_query_head(
+        self, a: str, b: str, score: str = "interference"
+    ) -> Float[Tensor, "layer query_head block"]:
+        """Like ``values``, with each shared K or V head repeated for the query heads that read it."""
+        native = self.values(a, b, score)
+        expanded = torch.full_like(native, torch.nan)
+        for index, layer in enumerate(self.layers):
+            for block, info in layer.blocks.items():
+                column = BLOCKS.index(block)
+                heads = native[index, : info.num_heads, column].repeat_interleave(info.query_group)
+                expanded[index, : len(heads), column] = heads
+        return expanded
+
+    def cells(self, a: str, b: str, score: str = "interference") -> list[Cell]:
+        """Cells of a task pair that have data, highest score first."""
+        values, errors = self.values(a, b, score), self.errors(a, b, score)
+        found = [
+            Cell(a, b, layer, self.layers[layer].name, head, BLOCKS[block], float(values[layer, head, block]),
+                 float(errors[layer, head, block]))
+            for layer, head, block in (~values.isnan()).nonzero().tolist()
+        ]  # fmt: skip
+        return sorted(found, key=lambda cell: -cell.value)
+
+    def summary(self, a: str, b: str, score: str = "interference") -> dict[str, Any]:
+        """The pair in a dictionary: mean per block, the most conflicted block, the maximum and where it is.
+
+        Means run over query heads, like the shapes. A block without data has a mean of None.
+
+        Raises:
+            ValueError: If the heatmap does not know the task or the score.
+        """
+        values = self.per_query_head(a, b, score)
+        means = values.nanmean(dim=(0, 1))
+        block_means = {
+            block: None if bool(means[index].isnan()) else float(means[index])
+            for index, block in enumerate(BLOCKS)
+        }
+        measured = {block: mean for block, mean in block_means.items() if mean is not None}
+        hottest = next(iter(self.cells(a, b, score)), None)
+        return {
+            "block_means": block_means,
+            "most_conflicted_block": max(measured, key=measured.__getitem__) if measured else None,
+            "max_interference": hottest.value if hottest else None,
+            "max_location": None
+            if hottest is None
+            else {
+                "layer": hottest.layer,
+                "layer_name": hottest.layer_name,
+                "head": hottest.head,
+                "block": hottest.block,
+            },
+            "tasks_compared": [a, b],
+            "num_layers": self.num_layers,
+            "num_heads": self.num_heads,
+            "heatmap_shape": dict.fromkeys(BLOCKS, (self.num_layers, self.num_heads)),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, completely or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> InterferenceHeatmap:
+        """Read what ``save`` wrote.
+
+        Raises:
+            HeatmapError: If the file is no heatmap, or one of another schema.
+            FileNotFoundError: If there is no such file.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except HeatmapError as error:
+            raise HeatmapError(f"{path}: {error}") from error
+        except UnicodeDecodeError as error:
+            raise HeatmapError(f"{path}: not UTF-8 text: {error}") from error
+
+    def to_json(self) -> str:
+        """JSON in which NaN is null; ``from_json`` gives back exactly the same numbers."""
+        data = {
+            "schema": SCHEMA_VERSION,
+            "step": self.step,
+            "epoch": self.epoch,
+            "tasks": self.tasks,
+            "blocks": BLOCKS,
+            "layers": [
+                {"name": layer.name, "blocks": {block: vars(info) for block, info in layer.blocks.items()}}
+                for layer in self.layers
+            ],
+            "num_samples": self.num_samples.long().tolist(),
+            "scores": {name: _to_nested(values) for name, values in self.scores.items()},
+            "standard_errors": {name: _to_nested(values) for name, values in self.standard_errors.items()},
+            "pairs": [vars(pair) for pair in self.pairs],
+            "notes": dict(self.notes),
+            "replicates": {name: _to_nested(values) for name, values in self.replicates.items()},
+            "summaries": [self.summary(a, b) for a, b in self.task_pairs],
+        }
+        return json.dumps(data, allow_nan=False, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> InterferenceHeatmap:
+        """Inverse of ``to_json``.
+
+        Raises:
+            HeatmapError: If the text is no heatmap, or one of another schema.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise HeatmapError(f"not JSON: {error}") from error
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != SCHEMA_VERSION:
+            raise HeatmapError(
+                f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
+            )
+        unknown = sorted(set(data.get("scores", ())) - set(SCORES))
+        if unknown:
+            raise HeatmapError(
+                f"unknown score {', '.join(map(repr, unknown))}; this version knows {', '.join(SCORES)}. Read the file with "
+                "the version that wrote it."
+            )
+        try:
+            heatmap = cls(
+                tasks=tuple(data["tasks"]),
+                layers=tuple(
+                    Layer(
+                        entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()}
+                    )
+                    for entry in data["layers"]
+                ),
+                scores={name: _from_nested(values) for name, values in data["scores"].items()},
+                standard_errors={
+                    name: _from_nested(values) for name, values in data["standard_errors"].items()
+                },
+                num_samples=torch.tensor(data["num_samples"], dtype=torch.float64),
+                step=int(data["step"]),
+                epoch=int(data["epoch"]),
+                pairs=tuple(SamplePair(**pair) for pair in data["pairs"]),
+                notes=dict(data["notes"]),
+                replicates={name: _from_nested(v) for name, v in data.get("replicates", {}).items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
+        heatmap._check_shapes()
+        return heatmap
+
+    def _check_shapes(self) -> None:
+        """Refuse a file whose numbers do not belong together.
+
+        Raises:
+            HeatmapError: If a tensor has another shape than tasks and layers say.
+        """
+        tasks, cells = len(self.tasks), tuple(self.num_samples.shape[1:])
+        if self.num_samples.ndim != 4 or self.num_samples.shape[0] != tasks or cells[0] != self.num_layers:
+            raise HeatmapError(
+                f"num_samples has the shape {tuple(self.num_samples.shape)}, expected {tasks} tasks, {self.num_layers} layers, "
+                "heads and blocks."
+            )
+        tensors = [(what, name, values) for what in ("scores", "standard_errors", "replicates")
+                   for name, values in getattr(self, what).items()]  # fmt: skip
+        for what, name, values in tensors:
+            shape = tuple(values.shape[1:] if what == "replicates" else values.shape)
+            if shape != (tasks, tasks, *cells):
+                raise HeatmapError(
+                    f"{what} of {name!r} have the shape {tuple(values.shape)}, expected {(tasks, tasks, *cells)} for "
+                    f"{tasks} tasks and {self.num_layers} layers."
+                )
+
+
+def safe_name(name: str) -> str:
+    """A task name for file names and logger tags: anything unusual becomes ``_`` and a checksum is added.
+
+    >>> safe_name("math"), safe_name("a/b")
+    ('math', 'a_b-07f4401c')
+    """
+    plain = re.sub(r"[^A-Za-z0-9.-]+|^\.+", "_", name)[:60]
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def printable(name: str) -> str:
+    """A task name for people: what would move the cursor or break the line is replaced."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
+    )
+
+
+def _to_nested(values: Tensor) -> Any:
+    """Nested lists with null for what is not a finite number."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, list):
+            return [clean(entry) for entry in item]
+        return item if math.isfinite(item) else None
+
+    return clean(values.double().tolist())
+
+
+def _from_nested(values: Any) -> Tensor:
+    def fill(item: Any) -> Any:
+        if isinstance(item, list):
+            return [fill(entry) for entry in item]
+        return math.nan if item is None else float(item)
+
+    return torch.tensor(fill(values), dtype=torch.float64)

@@ -1,0 +1,121 @@
+r"""Standard errors that hold where one sample can carry a whole cell.
+
+The standard errors of the scores themselves are linear in each sample and take the Fisher as known. A sample that
+dominates its task's gradients moves the Fisher with it, and a ratio that it saturates no longer feels it: such errors
+come out several times too small. Leaving samples out shows what they carry.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qkov_lightning.heads.projections import Projection, num_heads, num_layers
+from qkov_lightning.scores.metric import HeadInterference
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.spans import weighted_squares
+from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
+from qkov_lightning.store.cache import GradientCache
+from qkov_lightning.store.streaming import CacheReader, head_gradients_of
+
+DIGITS = 6
+"""Significant digits of a replicate, so that a file of them stays small: far more than a standard error has."""
+
+
+def jackknife_replicates(
+    cache: GradientCache,
+    projections: Sequence[Projection],
+    tasks: Sequence[str],
+    *,
+    num_groups: int,
+    damping: float = 1e-3,
+    update: UpdateDirection = "adam",
+    step_size: float = STEP_SIZE,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Float[Tensor, "group task_a task_b layer head block"]]:
+    """Every cell without each group of every task's samples, with the Fisher estimated from the rest.
+
+    Args:
+        cache: The samples.
+        projections: What to score.
+        tasks: Names along the task axes.
+        num_groups: Groups, at most as many as the smallest task has samples.
+        damping: Added to the Fisher, relative to its mean over a slice.
+        update: Direction in which a task updates the weights.
+        step_size: Length of the step along it.
+        device: Where the arithmetic runs.
+        rank: This process; it takes every ``world_size``-th layer.
+        world_size: Number of processes.
+
+    Returns:
+        Replicates by score, to six significant digits.
+
+    Raises:
+        ValueError: If there are fewer than two groups.
+    """
+    if num_groups < 2:
+        raise ValueError(f"num_groups is {num_groups}, expected at least 2.")
+    metrics = [
+        HeadInterference(
+            tasks, num_layers(projections), num_heads(projections), damping, update, step_size
+        ).to(device)
+        for _ in range(num_groups)
+    ]
+    reader = CacheReader([record for record, _ in cache.records()], device)
+    for projection in projections:
+        if projection.layer % world_size != rank:
+            continue
+        for gradients in head_gradients_of(reader, projection):
+            indices = torch.tensor([tasks.index(name) for name in gradients.tasks], device=device)
+            groups = _groups(gradients.tasks, num_groups).to(device)
+            member = torch.nn.functional.one_hot(indices * num_groups + groups, len(tasks) * num_groups).T
+            sums = weighted_squares(gradients, member.double()).unflatten(0, (len(tasks), num_groups))
+            counts = member.sum(dim=1).view(len(tasks), num_groups).to(sums)
+            for group, metric in enumerate(metrics):
+                others = torch.arange(num_groups, device=device) != group
+                kept = counts[:, others].sum(dim=1).clamp(min=1)
+                present = counts.sum(dim=1) > 0
+                fisher = sums[:, others].sum(dim=1) / kept[:, None, None]
+                metric.update(
+                    gradients,
+                    indices.masked_fill(groups == group, -1),
+                    fisher[present].mean(dim=0),
+                    layer=projection.layer,
+                    block=projection.block,
+                    first_head=gradients.heads.start,
+                )
+    results = [metric.compute() for metric in metrics]
+    return {score: _rounded(torch.stack([result[score].cpu() for result in results])) for score in SCORES}
+
+
+def jackknife_error(replicates: Float[Tensor, group * quantity]) -> Float[Tensor, "*quantity"]:
+    r"""Standard error of a quantity, with one degree of freedom less than there are groups.
+
+    .. math:: s^2 = \frac{G - 1}{G} \sum_{g=1}^{G} (\theta_{-g} - \bar\theta)^2
+
+    with :math:`\theta_{-g}` the quantity without the g-th group of samples (Quenouille 1949, Tukey 1958).
+    """
+    return (replicates.var(dim=0, correction=0) * (len(replicates) - 1)).sqrt()
+
+
+def _groups(names: Sequence[str], num_groups: int) -> Int[Tensor, sample]:
+    """Group of every sample: the samples of each task are dealt out in turn."""
+    seen: Counter[str] = Counter()
+    groups = []
+    for name in names:
+        groups.append(seen[name] % num_groups)
+        seen[name] += 1
+    return torch.tensor(groups)
+
+
+def _rounded(values: Float[Tensor, "*cell"]) -> Float[Tensor, "*cell"]:
+    """The numbers with ``DIGITS`` significant digits that are nearest."""
+    magnitude = values.abs().clamp(min=torch.finfo(values.dtype).tiny).log10().floor()
+    scale = 10.0 ** (DIGITS - 1 - magnitude).clamp(max=300)
+    return (values * scale).round() / scale

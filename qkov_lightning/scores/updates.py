@@ -1,0 +1,160 @@
+"""The direction in which a task updates a slice, and how it moves with each sample of the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qkov_lightning.scores.spans import inner
+
+UpdateDirection = Literal["adam", "sgd"]
+
+STEP_SIZE = 0.01
+"""Length of the step whose effect is predicted: ten steps with a learning rate of 0.001."""
+
+
+def damped(
+    fisher: Float[Tensor, "*any weight"],
+    damping: float,
+    weights: Float[Tensor, "head weight"] | None = None,
+) -> Float[Tensor, "*any weight"]:
+    r""":math:`I + \epsilon`, the damping relative to the (weighted) mean over the slice, so that units cancel."""
+    if weights is None:
+        return fisher + damping * fisher.mean(dim=-1, keepdim=True)
+    mean = (fisher * weights).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
+    return fisher + damping * mean
+
+
+def update_rate(
+    update: UpdateDirection | Float[Tensor, "head weight"],
+    mean_square: Float[Tensor, "*task head weight"],
+    epsilon: Float[Tensor, "*task head 1"],
+) -> Float[Tensor, "*task head weight"]:
+    r"""What an optimiser multiplies the mean gradient with, per weight: :math:`d = \rho \, \bar g`.
+
+    Args:
+        update: "adam" divides by the root of the damped mean square of the task's own gradients,
+            :math:`\rho = (\overline{g^2} + \epsilon)^{-1/2}` (Kingma & Ba 2015, arXiv:1412.6980, whose second moment is
+            that of batches; of single samples here). "sgd": 1. A tensor: the rates themselves, as from an
+            optimiser's state.
+        mean_square: Mean squared gradient.
+        epsilon: Damping of each slice: a share of the mean of its mean square.
+
+    Returns:
+        The rates.
+    """
+    if isinstance(update, Tensor):
+        return update.to(mean_square).expand_as(mean_square)
+    if update == "sgd":
+        return torch.ones_like(mean_square)
+    return (mean_square + epsilon).rsqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class TaskSamples:
+    """The samples of one task, at some weights of a slice.
+
+    Attributes:
+        task: The task.
+        gradient: Their gradients.
+        square: Their squared gradients.
+        slice_square: Means of these over the whole slice.
+    """
+
+    task: int
+    gradient: Float[Tensor, "sample head weight"]
+    square: Float[Tensor, "sample head weight"]
+    slice_square: Float[Tensor, "sample head"]
+
+
+class UpdateDirections:
+    r"""The update direction :math:`d = \rho \bar g` of every task at some weights of a slice.
+
+    Args:
+        update: Rule that gives the rates.
+        gradient_sum: Sum of the gradients.
+        square_sum: Sum of the squared gradients.
+        count: Samples of each task.
+        epsilon: What is added to the mean square, one number per slice.
+        damping: The share of the slice's mean of the mean square that it is.
+        weights: How many weights each one stands for.
+
+    Attributes:
+        mean_gradient: Mean gradient.
+        mean_square: Mean squared gradient.
+    """
+
+    def __init__(
+        self,
+        update: UpdateDirection | Float[Tensor, "head weight"],
+        gradient_sum: Float[Tensor, "task head weight"],
+        square_sum: Float[Tensor, "task head weight"],
+        count: Float[Tensor, task],
+        epsilon: Float[Tensor, "task head 1"],
+        damping: float,
+        weights: Float[Tensor, "head weight"],
+    ) -> None:
+        self._is_adaptive = not isinstance(update, Tensor) and update == "adam"
+        self._damping, self._weights = damping, weights
+        self._gradient_sum, self._square_sum, self._count = gradient_sum, square_sum, count
+        each = count.clamp(min=1)[:, None, None]
+        self.mean_gradient, self.mean_square = gradient_sum / each, square_sum / each
+        self._epsilon = epsilon
+        self._rate = update_rate(update, self.mean_square, epsilon.to(square_sum))
+
+    @property
+    def weighted(self) -> Float[Tensor, "task head weight"]:
+        """The directions, ready for inner products over the slice."""
+        return self.mean_gradient * self._rate * self._weights
+
+    def response_to_others(
+        self, own: TaskSamples, scratch: Float[Tensor, "sample head weight"]
+    ) -> Float[Tensor, "sample head"]:
+        r"""Inner product of each sample of a task with the direction of the task's other samples.
+
+        .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1} \Big(\frac{q - g_i^2}{n - 1} + \epsilon_{-i}\Big)^{-1/2} \Big\rangle
+
+        with the sums s and q over the n samples of their gradients and squares. Where the others have no gradient at all, neither has their
+        direction.
+
+        Args:
+            own: The samples; their gradients and squares are written over.
+            scratch: Memory to write to.
+        """
+        task = own.task
+        count = self._count[task]
+        others = (count - 1).clamp(min=1)
+        # From sums, not means: without the only sample that has a gradient nothing is left, not even rounding.
+        rest = torch.sub(self._gradient_sum[task], own.gradient, out=scratch)
+        product = own.gradient.mul_(rest)
+        if not self._is_adaptive:
+            return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
+        rest_square = torch.sub(self._square_sum[task], own.square, out=own.square)
+        # Beside a sample that dwarfs the others, their squares drown in rounding: they are no less than the square of
+        # their sum allows (Cauchy-Schwarz).
+        torch.maximum(rest_square, rest.square_().div_(others), out=rest_square)
+        damping = count * self._epsilon[task][:, 0] - self._damping * own.slice_square
+        rate = rest_square.add_(damping.clamp(min=0).to(rest)[..., None]).rsqrt_().nan_to_num_(posinf=0.0)
+        return inner(product.mul_(rate), self._weights[None])[:, 0] / others.sqrt()
+
+    def derivative(
+        self, own: TaskSamples, vectors: Float[Tensor, "other head weight"]
+    ) -> Float[Tensor, "sample other head"]:
+        r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees.
+
+        Args:
+            own: The samples j of the task whose direction moves.
+            vectors: The y.
+        """
+        rate = self._rate[own.task] * self._weights
+        moved = inner(own.gradient, vectors * rate)
+        if not self._is_adaptive:
+            return moved
+        # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
+        slowed = vectors * (self.mean_gradient[own.task] * self._rate[own.task].square() * rate / 2)
+        share = self._damping * own.slice_square.to(slowed)[:, None] * slowed.sum(dim=-1)
+        return moved - inner(own.square, slowed) - share
