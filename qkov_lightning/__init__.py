@@ -7,18 +7,23 @@ from qkov_lightning.capture.taps import CaptureWarning, GradientCapture
 from qkov_lightning.drift.comparability import NotComparableError
 from qkov_lightning.drift.drift import DriftReport, Finding, check_drift
 from qkov_lightning.freezer import HeadFreezer
-from qkov_lightning.heads.architectures import ArchitectureError, find_projections, register_architecture
+from qkov_lightning.heads.architectures import find_projections, register_architecture
 from qkov_lightning.heads.inspection import describe
 from qkov_lightning.heads.projections import Block, Projection, contiguous_heads
+from qkov_lightning.heads.shapes import ArchitectureError
 from qkov_lightning.heads.verification import CellCheck, Verification, verify_projections
-from qkov_lightning.measure.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.measure.encoding import HeatmapError
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.probe import probe_interference
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.scores.fisher import EmpiricalFisher
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.resampling import PermutationTest, bootstrap_standard_error, permutation_test
 from qkov_lightning.scores.scores import head_interference, sample_pairs
-from qkov_lightning.store.cache import CacheError, GradientCache
+from qkov_lightning.scores.settings import ScoreSettings
+from qkov_lightning.store.cache import GradientCache
+from qkov_lightning.store.files import CacheError
+from qkov_lightning.store.processes import Processes
 from qkov_lightning.views.loggers import register_logger
 
 __all__ = [
@@ -41,7 +46,9 @@ __all__ = [
     "InterferenceMonitor",
     "NotComparableError",
     "PermutationTest",
+    "Processes",
     "Projection",
+    "ScoreSettings",
     "Verification",
     "bootstrap_standard_error",
     "check_drift",

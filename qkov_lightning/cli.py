@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,12 +17,14 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
 from qkov_lightning.capture.capture_check import verify_capture
-from qkov_lightning.capture.taps import LossReduction
+from qkov_lightning.capture.reductions import LossReduction
 from qkov_lightning.drift.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heads.inspection import describe, load_model, random_batch
 from qkov_lightning.heads.projections import Block
 from qkov_lightning.heads.verification import verify_projections
-from qkov_lightning.measure.heatmap import HeatmapError, InterferenceHeatmap, printable
+from qkov_lightning.measure.cells import printable
+from qkov_lightning.measure.encoding import HeatmapError
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.probe import find_probe, load_weights, probe_interference
 from qkov_lightning.views.report import find_latest, find_step, load_history, write_report
 from qkov_lightning.views.tables import COLUMNS, select, selected_rows, to_csv, to_json
@@ -113,9 +116,8 @@ def probe(
         loss=loss,
         loss_reduction=loss_reduction,
         task_of=task_of,
-        step=step,
-        epoch=epoch,
     )
+    heatmap = replace(heatmap, step=step, epoch=epoch)
     heatmap.save(output)
     Console().print(epoch_table(heatmap))
     sys.stdout.write(f"{output}\n")

@@ -1,13 +1,16 @@
-"""The Lightning callback: when to capture, measure and show, never what."""
+"""The Lightning callback: when to capture, measure and show, never what.
+
+Most of the file is the list of arguments, which stays flat for the sake of YAML, and the hooks of Lightning.
+"""
 
 from __future__ import annotations
 
 import math
 import tempfile
-import uuid
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,25 +18,24 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from qkov_lightning.capture.reductions import LossReduction
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.strategies import check_strategy
-from qkov_lightning.capture.taps import CapturedStep, GradientCapture, LossReduction
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.weights import adaptive_rates, is_trainable
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.measurement import Rates, measure_interference
+from qkov_lightning.measure.measurement import Rates
 from qkov_lightning.measure.probe import Probe, find_probe, probe_interference
+from qkov_lightning.measure.recording import Recording
 from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.settings import ScoreSettings, check_values, number_rules
 from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
-from qkov_lightning.store.cache import CacheError
+from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.processes import Processes
-from qkov_lightning.store.run import RunStore, Storage
+from qkov_lightning.store.run import Storage
 from qkov_lightning.views.loggers import pictures, scalars, send, write_files
 from qkov_lightning.views.terminal import epoch_table, print_beside_bar, progress_task
-
-NOTHING_STORED = {"cache": "", "fisher_step": 0, "storage": ""}
-"""What a checkpoint says of the store of a monitor that has switched itself off."""
 
 
 class InterferenceMonitor(Callback):
@@ -110,36 +112,21 @@ class InterferenceMonitor(Callback):
         probe_loss: Callable[..., Any] | None = None,
         name: str = "interference",
     ) -> None:
-        _check(
-            "loss_reduction",
-            loss_reduction,
-            loss_reduction in {"mean", "token_mean", "sum"},
-            "mean, token_mean or sum",
-        )
-        _check("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1")
-        _check("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2")
-        _check("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number")
-        _check("storage", storage, storage in {"auto", "factors", "sampled"}, "auto, factors or sampled")
-        exact_probe = probe is None or storage != "sampled"
-        _check("storage", storage, exact_probe, "auto or factors: a probe measures exact gradients")
-        _check("fisher_decay", fisher_decay, 0 <= fisher_decay < 1, "at least 0 and less than 1")
-        _check("damping", damping, damping > 0, "a positive number")
-        _check(
-            "update_direction",
-            update_direction,
-            update_direction in {"auto", "adam", "sgd", "state"},
-            "auto, adam, sgd or state",
-        )
-        _check(
-            "update_direction",
-            update_direction,
-            update_direction != "state" or probe is None,
-            "auto, adam or sgd with a probe",
-        )
-        _check("step_size", step_size, step_size > 0, "a positive number")
         unknown = sorted(set(figures) - set(SCORES))
-        _check("figures", list(figures), not unknown, f"a list of some of {', '.join(SCORES)}")
-        _check("num_hot_cells", num_hot_cells, num_hot_cells >= 0, "at least 0")
+        directions = {"auto", "adam", "sgd", "state"}
+        check_values(
+            "InterferenceMonitor",
+            ("loss_reduction", loss_reduction, loss_reduction in {"mean", "token_mean", "sum"}, "mean, token_mean or sum"),
+            ("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1"),
+            ("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2"),
+            ("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number"),
+            ("storage", storage, storage in {"auto", "factors", "sampled"}, "auto, factors or sampled"),
+            ("storage", storage, probe is None or storage != "sampled", "auto or factors: a probe measures exact gradients"),
+            ("update_direction", update_direction, update_direction in directions, "auto, adam, sgd or state"),
+            ("update_direction", update_direction, probe is None or update_direction != "state", "auto, adam or sgd with a probe"),
+            *number_rules(damping, step_size, fisher_decay, num_hot_cells),
+            ("figures", list(figures), not unknown, f"a list of some of {', '.join(SCORES)}"),
+        )  # fmt: skip
         self.task_of = task_of
         self.sample_id_of = sample_id_of
         self.loss_reduction: LossReduction = loss_reduction
@@ -161,15 +148,11 @@ class InterferenceMonitor(Callback):
         self.probe_loss = probe_loss
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
-        self._capture: GradientCapture | None = None
-        self._store: RunStore | None = None
+        self._recording = Recording(storage, max_samples_per_task, int(max_cache_gb * 2**30))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Path | None = None
-        self._run_id = ""
         self._restored: dict[str, Any] | None = None
-        self._switched_off = False
         self._failed_loggers: set[int] = set()
-        self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
 
     @property
     def state_key(self) -> str:
@@ -186,34 +169,35 @@ class InterferenceMonitor(Callback):
         """
         check_strategy(trainer, self.probe is not None)
         self._projections = list(self.projections or find_projections(pl_module))
-        if self.probe is not None:
-            return
-        numbering = self._capture.numbering if self._capture else Counter()
-        self._capture = GradientCapture(
-            pl_module, self._projections, self.loss_reduction, trainer.global_rank, trainer.world_size
-        )
-        self._capture.numbering = numbering
-        self._capture.install()
+        if self.probe is None:
+            self._recording.tap(pl_module, self._projections, self.loss_reduction, Processes.of(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the cache, of a new run or of the one that a checkpoint belongs to."""
-        self._switched_off = False
-        self._open(trainer)
+        processes = Processes.of(trainer)
+        state, self._restored = self._restored, None
+        called_again = state is None and trainer.global_step > 0
+        if called_again and self._recording.reopen(self._projections):
+            return
+        self._results = Path(processes.from_first(str(self._results_directory(trainer))))
+        self._recording.open(self.cache_dir or self._results / "cache", self._projections, processes, state)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch every n-th batch."""
-        if self._capture and not self._switched_off and self._counters["batches"] % self.every_n_steps == 0:
-            self._capture.start()
+        self._recording.start(self.every_n_steps)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Note what the loss was multiplied with."""
-        if self._capture and self._capture.active:
+
+        def scale() -> float:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
             loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
             accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._capture.scale = accumulated / loss_scale
+            return accumulated / loss_scale
+
+        self._recording.set_scale(scale)
 
     def on_train_batch_end(
         self,
@@ -224,31 +208,9 @@ class InterferenceMonitor(Callback):
         batch_idx: int,
     ) -> None:
         """Hand over what was captured to be written."""
-        step = self._counters["batches"]
-        self._counters["batches"] += 1
-        if not (self._capture and self._capture.active):
-            return
-        captured: list[CapturedStep] = []
-        if outputs is None:  # training_step skipped the batch
-            self._capture.discard()
-        else:
-            captured = self._capture.finish(lambda: self._labels(batch))
-        if self._store:
-            try:
-                self._store.submit(step, captured, Processes(trainer))
-            except CacheError as error:
-                self._switch_off(error)
-
-    def _drain(self) -> None:
-        """Wait for what is on its way to the cache, and count it."""
-        if self._store and not self._switched_off:
-            try:
-                written, dropped = self._store.drain()
-            except CacheError as error:
-                self._switch_off(error)
-            else:
-                self._counters["captured_steps"] += written
-                self._counters["non_finite_steps"] += dropped
+        # training_step may skip a batch: then it has no output.
+        labels = None if outputs is None else partial(self._labels, batch)
+        self._recording.finish(labels, Processes.of(trainer))
 
     def _labels(self, batch: Any) -> Labels:
         return read_labels(
@@ -268,86 +230,47 @@ class InterferenceMonitor(Callback):
             self._measure(trainer, pl_module)
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        processes = Processes(trainer)
-        self._drain()
-        self._agree(processes)
-        if self._store is None:
+        processes = Processes.of(trainer)
+        if not self._recording.is_ready(processes):
             return
-        processes.wait()
-        step = self._counters["batches"]
-        own = [one for one in self._projections if one.layer % trainer.world_size == trainer.global_rank]
-        bar = progress_task(trainer.progress_bar_callback, len(own))
-        try:
-            if self.probe is not None:
-                heatmap = self._measure_probe(trainer, pl_module, self.probe)
-            else:
-                with torch.inference_mode(False), torch.no_grad(), bar as advance:
-                    heatmap = measure_interference(
-                        self._store.cache,
-                        self._projections,
-                        pl_module,
-                        fisher_directory=self._store.fisher_directory(step),
-                        previous_fisher=self._store.fisher_directory(self._store.fisher_step),
-                        folded_until=self._store.fisher_step,
-                        fisher_decay=self.fisher_decay,
-                        damping=self.damping,
-                        update=self._update(trainer),
-                        step_size=self.step_size,
-                        rates=self._rates(trainer, pl_module),
-                        num_hot_cells=self.num_hot_cells,
-                        coordinates=self._store.coordinates,
-                        device=pl_module.device,
-                        rank=trainer.global_rank,
-                        world_size=trainer.world_size,
-                        gather=processes.gather,
-                        agree=processes.agree,
-                        step=trainer.global_step,
-                        epoch=trainer.current_epoch,
-                        notes=self._notes(self._store),
-                        on_projection=advance,
-                    )
-        except CacheError as error:
-            self._switch_off(error)
-            return
-        self._store.note_fisher(step, processes)
+        if self.probe is not None:
+            heatmap = self._measure_probe(trainer, pl_module, self.probe)
+        else:
+            own = [one for one in self._projections if processes.takes(one.layer)]
+            settings, rates = self._settings(trainer), self._rates(trainer, pl_module)
+            with progress_task(trainer.progress_bar_callback, len(own)) as advance:
+                heatmap = self._recording.measure(
+                    pl_module, self._projections, settings, processes, rates, advance
+                )
         if heatmap is not None:
-            self.heatmap = heatmap
-            self._publish(trainer, pl_module, heatmap)
-        elif self._counters["captured_steps"]:
-            self._switch_off(
-                CacheError(f"The cache {self._store.cache.directory} is empty: were its files deleted?")
-            )
-
-    def _notes(self, store: RunStore) -> dict[str, Any]:
-        """Facts that the numbers rest on."""
-        notes: dict[str, Any] = {**self._counters, "storage": store.chosen}
-        return notes if store.coordinates is None else {**notes, "sampling": store.coordinates.description}
+            self.heatmap = replace(heatmap, step=trainer.global_step, epoch=trainer.current_epoch)
+            self._publish(trainer, pl_module, self.heatmap)
 
     def _measure_probe(
         self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe
     ) -> InterferenceHeatmap | None:
-        processes = Processes(trainer)
         with trainer.precision_plugin.train_step_context():
-            return probe_interference(
-                pl_module,
-                find_probe(probe, getattr(trainer, "datamodule", None), pl_module),
-                loss=self.probe_loss,
-                loss_reduction=self.loss_reduction,
-                task_of=self.task_of,
-                sample_id_of=self.sample_id_of,
-                num_target_tokens_of=self.num_target_tokens_of,
-                projections=self._projections,
-                damping=self.damping,
-                update=self._update(trainer),
-                step_size=self.step_size,
-                num_hot_cells=self.num_hot_cells,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
-                gather=processes.gather,
-                agree=processes.agree,
-                step=trainer.global_step,
-                epoch=trainer.current_epoch,
-            )
+            try:
+                return probe_interference(
+                    pl_module,
+                    find_probe(probe, getattr(trainer, "datamodule", None), pl_module),
+                    loss=self.probe_loss,
+                    loss_reduction=self.loss_reduction,
+                    task_of=self.task_of,
+                    sample_id_of=self.sample_id_of,
+                    num_target_tokens_of=self.num_target_tokens_of,
+                    projections=self._projections,
+                    settings=self._settings(trainer),
+                    processes=Processes.of(trainer),
+                )
+            except CacheError as error:
+                self._recording.switch_off(error)
+                return None
+
+    def _settings(self, trainer: Trainer) -> ScoreSettings:
+        return ScoreSettings(
+            self.damping, self._update(trainer), self.step_size, self.fisher_decay, self.num_hot_cells
+        )
 
     def _update(self, trainer: Trainer) -> UpdateDirection:
         if self.update_direction in {"adam", "sgd"}:
@@ -393,13 +316,7 @@ class InterferenceMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, and where the cache is."""
-        self._drain()
-        return {
-            **self._counters,
-            **(self._store.state() if self._store else NOTHING_STORED),
-            "run_id": self._run_id,
-            "numbering": dict(self._capture.numbering) if self._capture else {},
-        }
+        return self._recording.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the state until training starts; the cache is opened then."""
@@ -409,47 +326,7 @@ class InterferenceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what a restart from this checkpoint needs."""
-        self._drain()
-        if self._store and not self._switched_off:
-            try:
-                self._store.note_checkpoint(self._counters["batches"])
-            except CacheError as error:
-                self._switch_off(error)
-
-    def _open(self, trainer: Trainer) -> None:
-        """Open the store of this run, a new one or that of the checkpoint, in all processes or in none.
-
-        Raises:
-            ValueError: If the processes do not share the cache directory, or the checkpoint's run stored something else.
-        """
-        processes = Processes(trainer)
-        state, self._restored = self._restored, None
-        if state is None and self._store is not None and trainer.global_step > 0:
-            self._store.open(self._projections)  # `fit` called again: go on
-            return
-        # A monitor that had switched itself off names no cache: what it left behind is no start for a new one.
-        known = state["run_id"] if state and state["cache"] else uuid.uuid4().hex[:8]
-        self._run_id = processes.from_first(known)
-        self._results = Path(processes.from_first(str(self._results_directory(trainer))))
-        self._counters = {key: int(state[key]) if state else 0 for key in self._counters}
-        if self._capture:
-            self._capture.numbering = Counter(state["numbering"] if state else {})
-        try:
-            self._store = RunStore(
-                (self.cache_dir or self._results / "cache") / self._run_id,
-                self._projections,
-                processes,
-                self.storage,
-                self.max_samples_per_task,
-                int(self.max_cache_gb * 2**30),
-            )
-            if state:
-                self._store.resume(state, self._counters["batches"], processes)
-        except CacheError as error:
-            self._switch_off(error)
-        self._agree(processes)
-        if self._store:
-            self._store.check_shared(processes)
+        self._recording.note_checkpoint()
 
     def _results_directory(self, trainer: Trainer) -> Path:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -461,24 +338,7 @@ class InterferenceMonitor(Callback):
         version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
         return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / self.name
 
-    # When it goes wrong, and when it ends
-
-    def _switch_off(self, error: CacheError) -> None:
-        self._switched_off = True
-        if self._store:
-            self._store.close()
-        if self._capture:
-            self._capture.remove()
-        warnings.warn(
-            f"The interference monitor switched itself off; training goes on. {error}", stacklevel=3
-        )
-
-    def _agree(self, processes: Processes) -> None:
-        """Either all processes measure or none: a measurement waits for all of them."""
-        if not processes.all(not self._switched_off):
-            if not self._switched_off:
-                self._switch_off(CacheError("Another process switched its own off, and says why."))
-            self._store = None
+    # When it ends
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the model as it was found."""
@@ -490,17 +350,8 @@ class InterferenceMonitor(Callback):
 
     def _clean_up(self) -> None:
         try:
-            self._drain()
+            self._recording.close()
         finally:
-            if self._store:
-                self._store.close()
-            if self._capture:
-                self._capture.remove()
             if self._temporary:
                 self._temporary.cleanup()
-                self._temporary, self._store, self._results = None, None, None
-
-
-def _check(name: str, value: object, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"InterferenceMonitor: {name} is {value!r}, expected {expected}.")
+                self._temporary, self._results, self._recording.store = None, None, None

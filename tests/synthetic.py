@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from qkov_lightning.measure.heatmap import BlockInfo, InterferenceHeatmap, Layer, SamplePair
+from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 
 
 def make_heatmap(

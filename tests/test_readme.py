@@ -26,11 +26,11 @@ def test_the_second_example_runs() -> None:
 
 
 def test_every_test_that_it_names_exists() -> None:
-    rows = re.findall(r"^\|.*`test_\w+\.py.*\|$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\|.*`(?:\w+/)?test_\w+\.py.*\|$", README, flags=re.MULTILINE)
     assert len(rows) > 10
     for row in rows:
         file = None
-        for name, test in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", row):
+        for name, test in re.findall(r"`((?:\w+/)?test_\w+\.py)?(?:::(\w+))?`", row):
             if not (name or test):
                 continue
             file = name or file

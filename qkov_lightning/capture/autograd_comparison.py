@@ -14,11 +14,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.capture.gradients import head_gradients, select_samples
+from qkov_lightning.capture.reductions import LossReduction
 from qkov_lightning.capture.rehearsal import Loss
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.single_sample import WeightGradients, take_sample
-from qkov_lightning.capture.taps import CapturedStep, CaptureWarning, GradientCapture, LossReduction
+from qkov_lightning.capture.taps import CaptureWarning, GradientCapture
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.weights import is_trainable
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qkov_lightning.capture.taps import GradientFactors
+from qkov_lightning.capture.factors import GradientFactors
 from qkov_lightning.heads.projections import Projection
 
 

@@ -1,4 +1,7 @@
-"""Per-sample gradient factors of the attention projections, from ordinary backward passes."""
+"""Per-sample gradient factors of the attention projections, from ordinary backward passes.
+
+One class holds the taps and the account of what they must deliver: both are about the same calls of the same modules.
+"""
 
 from __future__ import annotations
 
@@ -8,66 +11,21 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qkov_lightning.capture.samples import Labels, Samples, current_labels
+from qkov_lightning.capture.factors import CapturedStep, Delivery, GradientFactors, fits, inputs_of, join
+from qkov_lightning.capture.reductions import LossReduction, sample_scales
+from qkov_lightning.capture.samples import Labels, current_labels
 from qkov_lightning.heads.multihead import MultiheadLinears
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.weights import is_trainable
 
-LossReduction = Literal["mean", "token_mean", "sum"]
-"""How the training loss joins its samples: mean over samples, mean over target tokens, or sum."""
-
 
 class CaptureWarning(UserWarning):
     """Gradients of a projection could not be captured; its cells lack the samples of that step."""
-
-
-@dataclass(frozen=True, eq=False)
-class GradientFactors:
-    """What the per-sample gradients of a linear module are made of.
-
-    Attributes:
-        activation: Input of the module at each token.
-        grad_output: Gradient of the loss with respect to the output at each token.
-        offsets: Tokens ``offsets[n]:offsets[n + 1]`` belong to sample n.
-    """
-
-    activation: Float[Tensor, "token d_in"]
-    grad_output: Float[Tensor, "token d_out"]
-    offsets: Int[Tensor, edge]
-
-
-@dataclass(frozen=True, eq=False)
-class CapturedStep:
-    """What was captured from one forward pass, and its backward passes, of a training step.
-
-    Attributes:
-        samples: Who the samples are.
-        scales: Factor per sample that turns its captured gradient into that of its own loss.
-        factors: Factors by module name. Modules that share an input share the activation tensor.
-    """
-
-    samples: Samples
-    scales: Float[Tensor, sample]
-    factors: dict[str, GradientFactors]
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether no factor has a NaN or an infinity (an overflow under mixed precision, say)."""
-        tensors = {id(t): t for f in self.factors.values() for t in (f.activation, f.grad_output)}
-        return bool(self.scales.isfinite().all()) and all(_is_finite(t) for t in tensors.values())
-
-
-@dataclass(frozen=True, eq=False)
-class _Delivery:
-    activation: Tensor
-    grad_output: Tensor
-    scale: float
 
 
 @dataclass(eq=False)
@@ -77,7 +35,7 @@ class _Call:
     module_name: str
     labels: Labels | None
     recomputed: bool
-    deliveries: list[_Delivery] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
 
 
 class _Tap(torch.autograd.Function):
@@ -273,7 +231,7 @@ class GradientCapture:
                     "that do not pass through its output"
                 )
             grad = nn.functional.pad(grad_output.detach(), (start, after))
-            call.deliveries.append(_Delivery(activation.detach(), grad, self.scale))
+            call.deliveries.append(Delivery(activation.detach(), grad, self.scale))
 
         tapped: Tensor = _Tap.apply(output, activation.detach(), deliver)
         return tapped
@@ -342,12 +300,12 @@ class GradientCapture:
                 "sequences or flattened tokens, say which sample each token belongs to (`token_samples`)."
             )
         samples = labels.resolve(num_samples, self.numbering, self._rank, self._world_size)
-        by_module: dict[str, list[_Delivery]] = {}
+        by_module: dict[str, list[Delivery]] = {}
         for call in calls:
             by_module.setdefault(call.module_name, []).extend(call.deliveries)
-        sharing: dict[tuple[object, ...], dict[str, list[_Delivery]]] = {}
+        sharing: dict[tuple[object, ...], dict[str, list[Delivery]]] = {}
         for name, own in by_module.items():
-            shape = next((tuple(d.activation.shape) for d in own if not _fits(d, num_samples, labels)), None)
+            shape = next((tuple(d.activation.shape) for d in own if not fits(d, num_samples, labels)), None)
             if shape is not None:
                 self._problems[name] = f"its input has shape {shape}, expected " + (
                     f"the first dimension to be the {num_samples} samples of the batch"
@@ -355,7 +313,7 @@ class GradientCapture:
                     else f"one token for each of the {labels.token_samples.numel()} entries of `token_samples`"
                 )
             if name not in self._problems:
-                sharing.setdefault(_inputs(own), {})[name] = own
+                sharing.setdefault(inputs_of(own), {})[name] = own
         scale = deliveries[0].scale
         # What was delivered is let go as soon as it is copied: both together would be twice the memory.
         del deliveries, by_module
@@ -364,29 +322,14 @@ class GradientCapture:
         factors: dict[str, GradientFactors] = {}
         while sharing:
             modules = sharing.pop(next(iter(sharing)))
-            factors |= _join(modules, num_samples, labels.token_samples, scale)
+            factors |= join(modules, num_samples, labels.token_samples, scale)
         if not factors:
             raise ValueError(
                 "No projection could be captured: "
                 + "; ".join(f"`{name}`: {problem}" for name, problem in self._problems.items())
                 + f". The labels say that the batch has {num_samples} samples."
             )
-        return CapturedStep(samples, self._sample_scales(samples) * scale, factors)
-
-    def _sample_scales(self, samples: Samples) -> Tensor:
-        if self._loss_reduction == "sum":
-            return torch.ones(len(samples), dtype=torch.float64)
-        if self._loss_reduction == "mean":
-            return torch.full((len(samples),), float(len(samples)), dtype=torch.float64)
-        if samples.num_target_tokens is None:
-            raise ValueError(
-                'loss_reduction="token_mean" needs the number of target tokens of each sample: put it into '
-                '`batch["num_target_tokens"]`, for example `(labels[:, 1:] != -100).sum(dim=1)` for a causal '
-                "language model, or pass `num_target_tokens_of=<key or function of the batch>`."
-            )
-        counts = torch.tensor(samples.num_target_tokens, dtype=torch.float64)
-        # A sample without targets has no loss, and so a gradient of zero whatever its factor.
-        return torch.where(counts > 0, counts.sum() / counts.clamp(min=1), 0.0)
+        return CapturedStep(samples, sample_scales(samples, self._loss_reduction) * scale, factors)
 
     def _warn(self) -> None:
         for name, problem in self._problems.items():
@@ -397,78 +340,3 @@ class GradientCapture:
                     CaptureWarning,
                     stacklevel=3,
                 )
-
-
-def _fits(delivery: _Delivery, num_samples: int, labels: Labels) -> bool:
-    """Whether the tokens of an input can be told apart by sample."""
-    shape = delivery.activation.shape
-    if labels.token_samples is not None:
-        return shape[:-1].numel() == labels.token_samples.numel()
-    return len(shape) >= 2 and shape[0] == num_samples
-
-
-def _inputs(deliveries: list[_Delivery]) -> tuple[object, ...]:
-    """What identifies the inputs of a module: Q, K and V usually read one tensor."""
-    tensors = (delivery.activation for delivery in deliveries)
-    return (deliveries[0].grad_output.dtype, *((t.data_ptr(), t.shape, t.stride()) for t in tensors))
-
-
-def _join(
-    modules: dict[str, list[_Delivery]], num_samples: int, token_samples: Tensor | None, scale: float
-) -> dict[str, GradientFactors]:
-    """Factors of modules with the same inputs: the tokens of all their calls, sample by sample.
-
-    Tokens whose output gradients are all zero (padding) are dropped, which is lossless.
-    """
-    calls = next(iter(modules.values()))
-    # Autocast computed the weight gradient from the activation in the precision of the output.
-    dtype = calls[0].grad_output.dtype
-    activation = _tokens([call.activation for call in calls]).to(dtype)
-    grads = {name: _tokens([_rescaled(call, scale) for call in own]) for name, own in modules.items()}
-    sample = torch.cat([_sample_of_token(call, num_samples, token_samples) for call in calls]).to(
-        activation.device
-    )
-    keep = torch.stack([_is_nonzero(grad) for grad in grads.values()]).any(dim=0) & (sample >= 0)
-    order = keep.nonzero().flatten()
-    order = order[sample[order].argsort(stable=True)]
-    offsets = torch.zeros(num_samples + 1, dtype=torch.int64)
-    offsets[1:] = torch.bincount(sample[order], minlength=num_samples).cumsum(0)
-    # Always a copy, even of all tokens in order: the tensors of the model may be overwritten any time.
-    activation = activation.index_select(0, order)
-    return {
-        name: GradientFactors(activation, grad.index_select(0, order), offsets)
-        for name, grad in grads.items()
-    }
-
-
-def _tokens(calls: list[Tensor]) -> Tensor:
-    """The tokens of all calls of a module; of the usual single call without a copy."""
-    flat = [call.flatten(0, -2) for call in calls]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
-
-
-def _is_nonzero(tokens: Tensor) -> Tensor:
-    """Whether a token has any feature that is not zero.
-
-    From the extremes, like ``_is_finite``: they write nothing of the size of the input, and NaN survives them.
-    """
-    return (tokens.amax(dim=1) != 0) | (tokens.amin(dim=1) != 0)
-
-
-def _is_finite(tokens: Tensor) -> bool:
-    return bool(tokens.amax(dim=1).isfinite().all()) and bool(tokens.amin(dim=1).isfinite().all())
-
-
-def _sample_of_token(call: _Delivery, num_samples: int, token_samples: Tensor | None) -> Tensor:
-    if token_samples is not None:
-        return token_samples.flatten()
-    tokens_per_sample = call.activation.shape[:-1].numel() // num_samples
-    return torch.arange(num_samples).repeat_interleave(tokens_per_sample)
-
-
-def _rescaled(call: _Delivery, scale: float) -> Tensor:
-    """The output gradient, in the scale that the step as a whole undoes."""
-    if call.scale == scale:
-        return call.grad_output
-    dtype = torch.promote_types(call.grad_output.dtype, torch.float32)
-    return call.grad_output.to(dtype) * (call.scale / scale)

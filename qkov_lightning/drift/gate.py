@@ -10,7 +10,8 @@ from typing import Literal
 from qkov_lightning.drift.comparability import NotComparableError
 from qkov_lightning.drift.drift import check_drift
 from qkov_lightning.drift.reports import FORMATS, as_junit, as_markdown, junit_error, refusal
-from qkov_lightning.measure.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.measure.encoding import HeatmapError
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 
 Format = Literal["text", "markdown", "json", "github"]
 

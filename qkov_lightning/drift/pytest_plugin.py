@@ -16,7 +16,8 @@ import pytest
 from qkov_lightning.drift.comparability import NotComparableError
 from qkov_lightning.drift.drift import check_drift
 from qkov_lightning.drift.reports import as_text
-from qkov_lightning.measure.heatmap import HeatmapError, InterferenceHeatmap
+from qkov_lightning.measure.encoding import HeatmapError
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 
 OPTION = "--update-interference-baseline"
 

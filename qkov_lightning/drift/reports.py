@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from qkov_lightning.drift.drift import DriftReport, Finding
-from qkov_lightning.measure.heatmap import printable
+from qkov_lightning.measure.cells import printable
 from qkov_lightning.scores.scores import SCORES
 
 MAX_ROWS = 50

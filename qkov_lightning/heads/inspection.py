@@ -12,8 +12,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from qkov_lightning.heads.architectures import find_projections, linear_sizes
+from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
+from qkov_lightning.heads.shapes import linear_sizes
 from qkov_lightning.heads.weights import is_trainable
 
 

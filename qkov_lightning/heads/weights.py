@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from qkov_lightning.heads.architectures import ArchitectureError, linear_sizes
 from qkov_lightning.heads.projections import Projection
+from qkov_lightning.heads.shapes import ArchitectureError, linear_sizes
 
 
 def is_trainable(module: nn.Module) -> bool:

@@ -2,112 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.heads.projections import BLOCKS
+from qkov_lightning.measure.cells import Cell, Layer, SamplePair
+from qkov_lightning.measure.encoding import HeatmapError, decode, encode
 from qkov_lightning.store.files import whole_file
 
-SCHEMA_VERSION = 1
-
 MAX_SHOWN_PAIRS = 12
-
-Status = Literal["measured", "frozen", "no data"]
-
-
-class HeatmapError(ValueError):
-    """A file is no heatmap, or one of another schema."""
-
-
-@dataclass(frozen=True)
-class BlockInfo:
-    """Where one block of one layer lives, and whether it was measured.
-
-    Attributes:
-        module_name: Module that holds the projection.
-        num_heads: Heads of this block itself.
-        query_group: Query heads that share one of these heads.
-        status: "measured", "frozen" (nothing in the module trains) or "no data".
-    """
-
-    module_name: str
-    num_heads: int
-    query_group: int
-    status: Status
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One attention layer.
-
-    Attributes:
-        name: Label.
-        blocks: The blocks that were placed.
-    """
-
-    name: str
-    blocks: Mapping[Block, BlockInfo]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One (layer, head, block) with one score of one task pair.
-
-    Attributes:
-        task_a: Task whose sensitivity is measured.
-        task_b: Task that pushes.
-        layer: Position of the layer.
-        layer_name: Label of the layer.
-        head: Head, counted within the block.
-        block: "Q", "K", "V" or "O".
-        value: The score.
-        standard_error: Its standard error over samples.
-    """
-
-    task_a: str
-    task_b: str
-    layer: int
-    layer_name: str
-    head: int
-    block: Block
-    value: float
-    standard_error: float
-
-    @property
-    def name(self) -> str:
-        """Short name, as in ``L15.H8.O``."""
-        return f"L{self.layer}.H{self.head}.{self.block}"
-
-
-@dataclass(frozen=True)
-class SamplePair:
-    """Two samples that interfere in one cell: ``sample_a`` of ``task_a`` is hurt by ``sample_b`` of ``task_b``."""
-
-    task_a: str
-    sample_a: str
-    task_b: str
-    sample_b: str
-    layer: int
-    head: int
-    block: Block
-    value: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.task_a} sample {self.sample_a} conflicts with {self.task_b} sample {self.sample_b} "
-            f"at layer {self.layer}, head {self.head}, {self.block}"
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,25 +193,7 @@ class InterferenceHeatmap:
 
     def to_json(self) -> str:
         """JSON in which NaN is null; ``from_json`` gives back exactly the same numbers."""
-        data = {
-            "schema": SCHEMA_VERSION,
-            "step": self.step,
-            "epoch": self.epoch,
-            "tasks": self.tasks,
-            "blocks": BLOCKS,
-            "layers": [
-                {"name": layer.name, "blocks": {block: vars(info) for block, info in layer.blocks.items()}}
-                for layer in self.layers
-            ],
-            "num_samples": self.num_samples.long().tolist(),
-            "scores": {name: _to_nested(values) for name, values in self.scores.items()},
-            "standard_errors": {name: _to_nested(values) for name, values in self.standard_errors.items()},
-            "pairs": [vars(pair) for pair in self.pairs],
-            "notes": dict(self.notes),
-            "replicates": {name: _to_nested(values) for name, values in self.replicates.items()},
-            "summaries": [self.summary(a, b) for a, b in self.task_pairs],
-        }
-        return json.dumps(data, allow_nan=False, ensure_ascii=False)
+        return encode(vars(self), [self.summary(a, b) for a, b in self.task_pairs])
 
     @classmethod
     def from_json(cls, text: str) -> InterferenceHeatmap:
@@ -311,43 +202,7 @@ class InterferenceHeatmap:
         Raises:
             HeatmapError: If the text is no heatmap, or one of another schema.
         """
-        try:
-            data = json.loads(text)
-        except ValueError as error:
-            raise HeatmapError(f"not JSON: {error}") from error
-        found = data.get("schema") if isinstance(data, dict) else None
-        if found != SCHEMA_VERSION:
-            raise HeatmapError(
-                f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
-            )
-        unknown = sorted(set(data.get("scores", ())) - set(SCORES))
-        if unknown:
-            raise HeatmapError(
-                f"unknown score {', '.join(map(repr, unknown))}; this version knows {', '.join(SCORES)}. Read the file with "
-                "the version that wrote it."
-            )
-        try:
-            heatmap = cls(
-                tasks=tuple(data["tasks"]),
-                layers=tuple(
-                    Layer(
-                        entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()}
-                    )
-                    for entry in data["layers"]
-                ),
-                scores={name: _from_nested(values) for name, values in data["scores"].items()},
-                standard_errors={
-                    name: _from_nested(values) for name, values in data["standard_errors"].items()
-                },
-                num_samples=torch.tensor(data["num_samples"], dtype=torch.float64),
-                step=int(data["step"]),
-                epoch=int(data["epoch"]),
-                pairs=tuple(SamplePair(**pair) for pair in data["pairs"]),
-                notes=dict(data["notes"]),
-                replicates={name: _from_nested(v) for name, v in data.get("replicates", {}).items()},
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
+        heatmap = cls(**decode(text))
         heatmap._check_shapes()
         return heatmap
 
@@ -372,40 +227,3 @@ class InterferenceHeatmap:
                     f"{what} of {name!r} have the shape {tuple(values.shape)}, expected {(tasks, tasks, *cells)} for "
                     f"{tasks} tasks and {self.num_layers} layers."
                 )
-
-
-def safe_name(name: str) -> str:
-    """A task name for file names and logger tags: anything unusual becomes ``_`` and a checksum is added.
-
-    >>> safe_name("math"), safe_name("a/b")
-    ('math', 'a_b-07f4401c')
-    """
-    plain = re.sub(r"[^A-Za-z0-9.-]+|^\.+", "_", name)[:60]
-    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
-
-
-def printable(name: str) -> str:
-    """A task name for people: what would move the cursor or break the line is replaced."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
-    )
-
-
-def _to_nested(values: Tensor) -> Any:
-    """Nested lists with null for what is not a finite number."""
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, list):
-            return [clean(entry) for entry in item]
-        return item if math.isfinite(item) else None
-
-    return clean(values.double().tolist())
-
-
-def _from_nested(values: Any) -> Tensor:
-    def fill(item: Any) -> Any:
-        if isinstance(item, list):
-            return [fill(entry) for entry in item]
-        return math.nan if item is None else float(item)
-
-    return torch.tensor(fill(values), dtype=torch.float64)

@@ -17,9 +17,10 @@ from torch import Tensor
 from qkov_lightning.heads.projections import Projection, num_heads, num_layers
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.scores.spans import weighted_squares
-from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
 from qkov_lightning.store.cache import GradientCache
+from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.streaming import CacheReader, head_gradients_of
 
 DIGITS = 6
@@ -30,14 +31,10 @@ def jackknife_replicates(
     cache: GradientCache,
     projections: Sequence[Projection],
     tasks: Sequence[str],
-    *,
     num_groups: int,
-    damping: float = 1e-3,
-    update: UpdateDirection = "adam",
-    step_size: float = STEP_SIZE,
+    settings: ScoreSettings = ScoreSettings(),
+    processes: Processes = Processes(),
     device: torch.device | str = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
 ) -> dict[str, Float[Tensor, "group task_a task_b layer head block"]]:
     """Every cell without each group of every task's samples, with the Fisher estimated from the rest.
 
@@ -46,12 +43,9 @@ def jackknife_replicates(
         projections: What to score.
         tasks: Names along the task axes.
         num_groups: Groups, at most as many as the smallest task has samples.
-        damping: Added to the Fisher, relative to its mean over a slice.
-        update: Direction in which a task updates the weights.
-        step_size: Length of the step along it.
+        settings: What the scores depend on.
+        processes: Each takes some layers.
         device: Where the arithmetic runs.
-        rank: This process; it takes every ``world_size``-th layer.
-        world_size: Number of processes.
 
     Returns:
         Replicates by score, to six significant digits.
@@ -62,14 +56,12 @@ def jackknife_replicates(
     if num_groups < 2:
         raise ValueError(f"num_groups is {num_groups}, expected at least 2.")
     metrics = [
-        HeadInterference(
-            tasks, num_layers(projections), num_heads(projections), damping, update, step_size
-        ).to(device)
+        HeadInterference(tasks, num_layers(projections), num_heads(projections), settings).to(device)
         for _ in range(num_groups)
     ]
     reader = CacheReader([record for record, _ in cache.records()], device)
     for projection in projections:
-        if projection.layer % world_size != rank:
+        if not processes.takes(projection.layer):
             continue
         for gradients in head_gradients_of(reader, projection):
             indices = torch.tensor([tasks.index(name) for name in gradients.tasks], device=device)

@@ -22,16 +22,21 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
+from qkov_lightning.capture.factors import CapturedStep
+from qkov_lightning.capture.reductions import LossReduction
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.capture.samples import read_labels
-from qkov_lightning.capture.taps import CapturedStep, GradientCapture, LossReduction
+from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.measure.heatmap import InterferenceHeatmap, SamplePair
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.jackknife import jackknife_error, jackknife_replicates
-from qkov_lightning.measure.measurement import Agree, measure_interference, raise_alone
-from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
-from qkov_lightning.store.cache import CacheError, GradientCache
+from qkov_lightning.measure.measurement import measure_interference
+from qkov_lightning.scores.settings import ScoreSettings
+from qkov_lightning.store.cache import GradientCache
+from qkov_lightning.store.files import CacheError
+from qkov_lightning.store.processes import Processes
+from qkov_lightning.store.stored import StoredGradients
 
 NO_LIMIT = 2**62
 """The cache of a probe is as large as the probe."""
@@ -56,16 +61,8 @@ def probe_interference(
     sample_id_of: str | Callable[[Any], Any] = "sample_id",
     num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
     projections: Sequence[Projection] | None = None,
-    damping: float = 1e-3,
-    update: UpdateDirection = "adam",
-    step_size: float = STEP_SIZE,
-    num_hot_cells: int = 10,
-    rank: int = 0,
-    world_size: int = 1,
-    gather: Callable[[list[SamplePair]], list[SamplePair]] = lambda pairs: pairs,
-    agree: Agree = raise_alone,
-    step: int = 0,
-    epoch: int = 0,
+    settings: ScoreSettings = ScoreSettings(),
+    processes: Processes = Processes(),
 ) -> InterferenceHeatmap:
     """Measure the interference of the probe's samples, in evaluation mode, without any change to the model.
 
@@ -83,16 +80,8 @@ def probe_interference(
         sample_id_of: The same for sample identifiers.
         num_target_tokens_of: The same for target tokens, which only "token_mean" needs.
         projections: Head map; found by ``find_projections`` by default.
-        damping: Added to the Fisher, relative to its mean over a slice.
-        update: Direction in which a task updates the weights: that of Adam or of SGD.
-        step_size: Length of the step along it, the learning rate times the number of steps.
-        num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
-        rank: This process; it scores every ``world_size``-th layer.
-        world_size: Number of processes.
-        gather: Joins the sample pairs of all processes.
-        agree: Raises in all processes if one of them has an error.
-        step: Optimiser steps done, for the result.
-        epoch: Epoch, for the result.
+        settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
+        processes: Those that measure together, each some layers.
 
     Returns:
         The heatmap.
@@ -131,49 +120,25 @@ def probe_interference(
                     cache.append(0, captured)
                 except CacheError as error:
                     failure = error
-        agree(failure)
+        processes.agree(failure)
         with torch.no_grad():
-            heatmap = measure_interference(
-                cache,
-                projections,
-                model,
-                fisher_directory=Path(directory) / "fisher",
-                fisher_decay=0.0,
-                damping=damping,
-                update=update,
-                step_size=step_size,
-                num_hot_cells=num_hot_cells,
-                device=device,
-                rank=rank,
-                world_size=world_size,
-                gather=gather,
-                agree=agree,
-                step=step,
-                epoch=epoch,
-                notes={"fisher": FISHER, "damping": damping},
-            )
+            stored = StoredGradients(cache, Path(directory) / "fisher")
+            plain_mean = replace(settings, fisher_decay=0.0)
+            heatmap = measure_interference(stored, projections, model, plain_mean, processes)
             if heatmap is None:
                 raise ValueError("The probe holds no batch, expected at least two samples of each task.")
+            notes: dict[str, Any] = {"fisher": FISHER, "damping": settings.damping}
             groups = min(MAX_GROUPS, *heatmap.samples_per_task.values())
             if groups < 2:
-                return heatmap
+                return replace(heatmap, notes=notes)
             replicates = jackknife_replicates(
-                cache,
-                projections,
-                heatmap.tasks,
-                num_groups=groups,
-                damping=damping,
-                update=update,
-                step_size=step_size,
-                device=device,
-                rank=rank,
-                world_size=world_size,
+                cache, projections, heatmap.tasks, groups, settings, processes, device
             )
     return replace(
         heatmap,
         standard_errors={score: jackknife_error(values) for score, values in replicates.items()},
         replicates=replicates,
-        notes={**heatmap.notes, "degrees_of_freedom": groups - 1, "samples": fingerprint.hexdigest()[:16]},
+        notes={**notes, "degrees_of_freedom": groups - 1, "samples": fingerprint.hexdigest()[:16]},
     )
 
 

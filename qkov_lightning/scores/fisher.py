@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkov_lightning.scores.spans import weighted_squares
-from qkov_lightning.store.cache import CacheError, write_durably
+from qkov_lightning.store.files import CacheError, write_durably
 
 
 class EmpiricalFisher:

@@ -14,8 +14,9 @@ from torchmetrics import Metric
 
 from qkov_lightning.heads.projections import BLOCKS, Block
 from qkov_lightning.scores.reduction import MIN_SAMPLES, slice_statistics
-from qkov_lightning.scores.scores import SCORES, leave_out_replicates, sampled_estimate
-from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
+from qkov_lightning.scores.replicates import leave_out_replicates, sampled_estimate
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.settings import ScoreSettings
 
 
 class _Replicates:
@@ -40,13 +41,11 @@ class HeadInterference(Metric):
         tasks: Names of the tasks, in the order of the result's axes.
         num_layers: Number of attention layers.
         num_heads: Largest number of heads of any block.
-        damping: Added to the Fisher, relative to its mean over a slice.
-        update: Direction in which a task updates the weights: that of Adam or of SGD.
-        step_size: Length of the step along it, the learning rate times the number of steps.
+        settings: What the scores depend on beside the gradients.
         **kwargs: As for every :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If there is no task, or the damping is not positive.
+        ValueError: If there is no task.
 
     Example:
         >>> from qkov_lightning import EmpiricalFisher
@@ -71,20 +70,14 @@ class HeadInterference(Metric):
         tasks: Sequence[str],
         num_layers: int,
         num_heads: int,
-        damping: float = 1e-3,
-        update: UpdateDirection = "adam",
-        step_size: float = STEP_SIZE,
+        settings: ScoreSettings = ScoreSettings(),
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if not tasks:
             raise ValueError("tasks is empty, expected the names of the tasks to compare.")
-        if not damping > 0:
-            raise ValueError(f"damping is {damping}, expected a positive number.")
         self.tasks = tuple(tasks)
-        self.damping = damping
-        self.update_direction: UpdateDirection = update
-        self.step_size = step_size
+        self.settings = settings
         pairs = torch.zeros(len(tasks), len(tasks), num_layers, num_heads, len(BLOCKS), dtype=torch.float64)
         for score in SCORES:
             self.add_state(f"{score}_sum", pairs.clone(), dist_reduce_fx="sum")
@@ -144,9 +137,9 @@ class HeadInterference(Metric):
             indices.to(fisher.device),
             len(self.tasks),
             fisher,
-            self.damping,
-            self.update_direction if rates is None else rates,
-            self.step_size,
+            self.settings.damping,
+            self.settings.update if rates is None else rates,
+            self.settings.step_size,
             each,
             replicates,
         )

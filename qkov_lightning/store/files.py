@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class CacheError(RuntimeError):
+    """The cache cannot be written or read."""
 
 
 @contextlib.contextmanager
@@ -29,3 +39,52 @@ def whole_file(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def adopt_directory(source: Path, target: Path) -> None:
+    """Give the files of ``source`` second names in ``target``, or copy them.
+
+    Raises:
+        CacheError: If neither works.
+    """
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        for path in source.iterdir():
+            if not (target / path.name).exists():
+                link_or_copy(path, target / path.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the disk has no links.
+
+    Raises:
+        CacheError: If neither works.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        try:
+            with whole_file(target) as temporary:
+                shutil.copyfile(source, temporary)
+        except OSError as error:
+            raise CacheError(f"{source} cannot be copied to {target}: {error}") from error
+
+
+def write_durably(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that either exists completely or not at all.
+
+    Raises:
+        CacheError: If the disk refuses.
+    """
+    try:
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except (OSError, SafetensorError) as error:
+        raise CacheError(f"{path} cannot be written: {error}") from error

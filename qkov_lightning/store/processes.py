@@ -1,4 +1,4 @@
-"""The processes of a distributed run: what they share, and how all of them stop or none."""
+"""The processes of a run: what they share, and how all of them stop or none. A single process is one of one."""
 
 from __future__ import annotations
 
@@ -7,40 +7,50 @@ from typing import TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 
-from qkov_lightning.store.cache import CacheError
+from qkov_lightning.store.files import CacheError
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a trainer; every method is called by all of them, or they wait for each other."""
+    """The processes that measure together; every method is called by all of them, or they wait for each other.
 
-    trainer: Trainer
+    Attributes:
+        rank: This process. It takes every ``count``-th layer.
+        count: How many there are.
+        strategy: How they talk to each other; None for a single process.
+    """
 
-    @property
-    def rank(self) -> int:
-        """This process."""
-        return self.trainer.global_rank
+    rank: int = 0
+    count: int = 1
+    strategy: Strategy | None = None
 
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return self.trainer.world_size
+    @classmethod
+    def of(cls, trainer: Trainer) -> Processes:
+        """Those of a trainer."""
+        return cls(trainer.global_rank, trainer.world_size, trainer.strategy)
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one that writes for all."""
-        return self.trainer.is_global_zero
+        return self.rank == 0
+
+    def takes(self, layer: int) -> bool:
+        """Whether this process measures the layer."""
+        return layer % self.count == self.rank
 
     def from_first(self, value: T) -> T:
         """What the first process has."""
-        return self.trainer.strategy.broadcast(value)
+        return value if self.strategy is None else self.strategy.broadcast(value)
 
     def all(self, condition: bool) -> bool:
         """Whether it holds in every process."""
-        return self.trainer.strategy.reduce_boolean_decision(condition, all=True)
+        if self.strategy is None:
+            return condition
+        return self.strategy.reduce_boolean_decision(condition, all=True)
 
     def gather(self, own: list[T]) -> list[T]:
         """What all of them have."""
@@ -61,4 +71,5 @@ class Processes:
 
     def wait(self) -> None:
         """Until all are here."""
-        self.trainer.strategy.barrier("qkov")
+        if self.strategy is not None:
+            self.strategy.barrier("qkov")

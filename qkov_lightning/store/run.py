@@ -10,11 +10,14 @@ from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from qkov_lightning.capture.taps import CapturedStep
+from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.store.cache import CacheError, GradientCache, StepSize, adopt_directory, write_durably
+from qkov_lightning.store.cache import GradientCache
+from qkov_lightning.store.files import CacheError, adopt_directory, write_durably
 from qkov_lightning.store.processes import Processes
+from qkov_lightning.store.records import StepSize
 from qkov_lightning.store.sampling import Coordinates, sampled_bytes
+from qkov_lightning.store.stored import StoredGradients
 from qkov_lightning.store.writer import CacheWriter
 
 Storage = Literal["auto", "factors", "sampled"]
@@ -177,7 +180,22 @@ class RunStore:
     def _coordinates_path(self, cache: Path | None = None) -> Path:
         return (cache or self.cache.directory) / "sampling" / "coordinates.safetensors"
 
-    # Fishers
+    # What a measurement reads
+
+    def until(self, step: int) -> StoredGradients:
+        """All captured steps before ``step``, with the newest Fisher."""
+        return StoredGradients(
+            self.cache,
+            fisher_directory=self.fisher_directory(step),
+            previous_fisher=self.fisher_directory(self.fisher_step),
+            folded_until=self.fisher_step,
+            coordinates=self.coordinates,
+        )
+
+    def notes(self) -> dict[str, Any]:
+        """How the gradients were stored, for the notes of a heatmap."""
+        notes: dict[str, Any] = {"storage": self.chosen}
+        return notes if self.coordinates is None else {**notes, "sampling": self.coordinates.description}
 
     def fisher_directory(self, step: int, cache: Path | None = None) -> Path:
         """Where the Fisher goes that holds all captured steps before ``step``."""

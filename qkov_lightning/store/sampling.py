@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.gradients import owned_part
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
 from qkov_lightning.heads.projections import Projection
 
 NUM_COORDINATES = 512

@@ -18,15 +18,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qkov_lightning.capture.factors import GradientFactors
 from qkov_lightning.capture.gradients import (
     DenseGradients,
     num_other_features,
     owned_gradients,
     owned_part,
 )
-from qkov_lightning.capture.taps import GradientFactors
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.store.cache import CacheError, CacheRecord
+from qkov_lightning.store.files import CacheError
+from qkov_lightning.store.records import CacheRecord
 
 HELD_BYTES = 256 * 2**20
 """Gradients that are in memory at once."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.store.cache import GradientCache
 from qkov_lightning.store.sampling import SampledStep
 

@@ -17,7 +17,8 @@ from matplotlib.image import imsave
 from torch import Tensor
 
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.heatmap import InterferenceHeatmap, printable
+from qkov_lightning.measure.cells import printable
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.store.files import whole_file
 from qkov_lightning.views.facets import HATCHES, Scale, draw_facet, scale_of
 

@@ -8,7 +8,8 @@ from typing import Any
 from matplotlib import colormaps
 
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.heatmap import InterferenceHeatmap, printable
+from qkov_lightning.measure.cells import printable
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.views.facets import Scale
 from qkov_lightning.views.figures import NOISE, differs_from_control, missing_cells, num_heads_of, score_scale
 

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from qkov_lightning.measure.heatmap import InterferenceHeatmap, safe_name
+from qkov_lightning.measure.cells import safe_name
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.views.figures import heatmap_figure, render, save_image
 from qkov_lightning.views.interactive import interactive_heatmap

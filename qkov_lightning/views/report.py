@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qkov_lightning.measure.heatmap import InterferenceHeatmap, printable
+from qkov_lightning.measure.cells import printable
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.store.files import whole_file
 from qkov_lightning.views.figures import NOISE, num_heads_of, score_scale

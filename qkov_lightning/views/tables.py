@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.measure.heatmap import Cell, InterferenceHeatmap, safe_name
+from qkov_lightning.measure.cells import Cell, safe_name
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.store.files import whole_file
 

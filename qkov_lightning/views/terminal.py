@@ -18,7 +18,8 @@ from rich.text import Text
 from tqdm.auto import tqdm
 
 from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.measure.heatmap import Cell, InterferenceHeatmap, printable
+from qkov_lightning.measure.cells import Cell, printable
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.views.facets import Scale
 from qkov_lightning.views.figures import score_scale
 from qkov_lightning.views.tables import Selection, select

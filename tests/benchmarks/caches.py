@@ -18,6 +18,7 @@ from qkov_lightning import (
 )
 from qkov_lightning.measure.measurement import measure_interference
 from qkov_lightning.store.sampling import Coordinates
+from qkov_lightning.store.stored import StoredGradients
 
 STORAGES: dict[str, dict[str, object]] = {"exact": {"storage": "factors"}, "sampled": {"storage": "sampled"}}
 """Options of the monitor for each way to store gradients."""
@@ -43,11 +44,13 @@ def measured(cache: GradientCache, model: nn.Module) -> InterferenceHeatmap:
     drawn = cache.directory / "sampling" / "coordinates.safetensors"
     with torch.no_grad():
         heatmap = measure_interference(
-            cache,
+            StoredGradients(
+                cache,
+                cache.directory / "fisher",
+                coordinates=Coordinates.load(drawn) if drawn.exists() else None,
+            ),
             find_projections(module),
             module,
-            fisher_directory=cache.directory / "fisher",
-            coordinates=Coordinates.load(drawn) if drawn.exists() else None,
         )
     assert heatmap is not None
     assert all(values.isfinite().any(dim=3).all() for values in heatmap.scores.values())

@@ -26,7 +26,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qkov_lightning import InterferenceHeatmap, check_drift, find_projections, probe_interference
-from qkov_lightning.measure.heatmap import BlockInfo, Layer
+from qkov_lightning.measure.cells import BlockInfo, Layer
 from qkov_lightning.measure.jackknife import jackknife_error
 from qkov_lightning.measure.probe import FISHER, MAX_GROUPS
 

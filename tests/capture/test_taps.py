@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import qkov_lightning.capture.taps as capture_module
 from qkov_lightning import CaptureWarning, GradientCapture, find_projections, task
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.gradients import dense_gradients, head_gradients
 from qkov_lightning.capture.samples import Samples, label_samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
 
 # Float64 products of the same numbers in another order: a few units in the last place of the largest term.
 EXACT = {"rtol": 1e-10, "atol": 1e-13}

@@ -205,7 +205,7 @@ def test_a_cache_that_is_deleted_at_the_measurement(
 
     def delete() -> None:
         (cache,) = (tmp_path / "interference" / "cache").iterdir()
-        monitor._drain()  # the writer would go on writing into it
+        monitor._recording.drain()  # the writer would go on writing into it
         meddle(cache)
 
     def deleting_update(metric: HeadInterference, *arguments: Any, **keywords: Any) -> None:

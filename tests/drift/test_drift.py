@@ -11,7 +11,7 @@ from scipy import stats
 
 from qkov_lightning import InterferenceHeatmap, NotComparableError, check_drift, head_interference
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.heatmap import BlockInfo, Layer
+from qkov_lightning.measure.cells import BlockInfo, Layer
 
 TASKS = ("code", "math", "prose")
 LAYERS, HEADS = 2, 4

@@ -12,7 +12,7 @@ import torch
 from qkov_lightning import InterferenceHeatmap, check_drift
 from qkov_lightning.cli import main
 from qkov_lightning.drift.reports import as_github, as_json, as_junit, as_markdown, as_text, github_annotation
-from qkov_lightning.measure.heatmap import BlockInfo, Layer
+from qkov_lightning.measure.cells import BlockInfo, Layer
 
 TASKS = ("code", "math")
 SHAPE = (2, 2, 2, 4, 4)

@@ -20,7 +20,7 @@ from qkov_lightning import (
     register_architecture,
     verify_projections,
 )
-from qkov_lightning import architectures as stage
+from qkov_lightning.heads import architectures as stage
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PLAIN = {

@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from qkov_lightning import GradientCapture, find_projections, task
+from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.capture.gradients import head_gradients
-from qkov_lightning.capture.taps import CapturedStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
 TASKS = ["math", "code", "math"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qkov_lightning import Projection, contiguous_heads
+from qkov_lightning.capture.factors import GradientFactors
 from qkov_lightning.capture.gradients import head_gradients
-from qkov_lightning.capture.taps import GradientFactors
 from qkov_lightning.heads.projections import check_unique
 
 

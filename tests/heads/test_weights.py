@@ -74,7 +74,7 @@ def test_the_monitor_takes_the_direction_from_the_optimiser_when_asked(tmp_path:
         for projection in find_projections(module):
             gradients, names = [], []
             fisher = EmpiricalFisher()
-            for record, _ in monitor._store.cache.records():
+            for record, _ in monitor._recording.store.cache.records():
                 part = head_gradients(record.read(projection.module_name), projection, record.scales)
                 fisher.update(part, record.samples.tasks)
                 gradients.append(part)

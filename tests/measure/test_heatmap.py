@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qkov_lightning import HeatmapError, InterferenceHeatmap
-from qkov_lightning.measure.heatmap import BlockInfo, Layer, SamplePair, printable, safe_name
+from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair, printable, safe_name
 
 
 def heatmap() -> InterferenceHeatmap:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qkov_lightning import GradientCache, Projection, contiguous_heads, head_interference
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
 from qkov_lightning.measure.jackknife import jackknife_error, jackknife_replicates
 from qkov_lightning.scores.scores import SCORES
 

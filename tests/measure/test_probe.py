@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from qkov_lightning import (
     InterferenceHeatmap,
     InterferenceMonitor,
+    ScoreSettings,
     find_projections,
     head_interference,
     probe_interference,
@@ -342,7 +343,7 @@ def test_the_monitor_measures_its_probe_at_the_weights_of_the_moment(
     monitor = InterferenceMonitor(probe=probe or Data().probe_dataloader())
     model, _ = fit(tmp_path, monitor)
     # The direction of the trainer's own optimiser.
-    expected = probe_interference(model, Data().probe_dataloader(), update="sgd")
+    expected = probe_interference(model, Data().probe_dataloader(), settings=ScoreSettings(update="sgd"))
     assert monitor.heatmap is not None
     assert monitor.heatmap.samples_per_task == {"code": 8, "math": 8}
     for score in expected.scores:

@@ -7,7 +7,8 @@ import torch
 from oracles import naive_conflict, naive_cosine, naive_interference, naive_relative, naive_responses
 from torch import Tensor
 
-from qkov_lightning import EmpiricalFisher, HeadInterference, head_interference, spans
+from qkov_lightning import EmpiricalFisher, HeadInterference, ScoreSettings, head_interference
+from qkov_lightning.scores import spans
 from qkov_lightning.scores.reduction import slice_statistics
 from qkov_lightning.scores.scores import SCORES, sample_pairs
 
@@ -270,7 +271,7 @@ def test_the_metric_agrees_with_the_function_and_sums_over_processes() -> None:
     fisher = pooled(samples)
     names = ["code", "math", "prose"]
     expected = head_interference(samples, TASKS, fisher, DAMPING)
-    metrics = [HeadInterference(names, 2, 4, DAMPING) for _ in range(2)]
+    metrics = [HeadInterference(names, 2, 4, ScoreSettings(damping=DAMPING)) for _ in range(2)]
     metrics[0].update(samples, TASKS, fisher, layer=0, block="Q")
     metrics[1].update(samples[:, :2], TASKS, fisher[:2], layer=1, block="O")
     for name in metrics[0]._defaults:  # what dist_reduce_fx="sum" does

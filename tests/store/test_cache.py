@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qkov_lightning import CacheError, GradientCache
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.gradients import DenseGradients, dense_gradients
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
 
 
 def captured(ids: list[str], tasks: list[str] | None = None, tokens: int = 2, width: int = 8) -> CapturedStep:

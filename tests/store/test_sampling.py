@@ -24,9 +24,9 @@ from qkov_lightning import (
     contiguous_heads,
     head_interference,
 )
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.gradients import head_gradients, owned_part
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
 from qkov_lightning.store.sampling import Coordinates, draw_slice, sampled_gradients
 
 pytestmark = pytest.mark.filterwarnings(
@@ -60,7 +60,7 @@ def scored(exact: torch.Tensor, count: int, replicates: int, seed: int) -> dict[
     fisher = exact.square().mean(dim=0)
     drawn = draw_slice(*sizes(exact), torch.Generator().manual_seed(seed), count, replicates)
     flat = (drawn.own * OTHER + drawn.other).flatten(1)
-    metric = HeadInterference(["code", "math"], 1, HEADS, damping=1e-3)
+    metric = HeadInterference(["code", "math"], 1, HEADS)
     kept = exact.gather(2, flat.expand(len(exact), -1, -1))
     metric.update(kept, TASKS, fisher.gather(1, flat), layer=0, block="Q", weights=drawn.weight)
     return {name: value[1, 0, 0, :, 0] for name, value in metric.compute().items() if value.ndim == 5}

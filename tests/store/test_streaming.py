@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qkov_lightning import CacheError, GradientCache, Projection, contiguous_heads, spans
-from qkov_lightning import measurement as measurement_stage
-from qkov_lightning import streaming as streaming_stage
+from qkov_lightning import CacheError, GradientCache, Projection, contiguous_heads
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.gradients import head_gradients
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
+from qkov_lightning.measure import pairs as pairs_stage
 from qkov_lightning.measure.measurement import measure_interference
+from qkov_lightning.scores import spans
+from qkov_lightning.scores.settings import ScoreSettings
+from qkov_lightning.store import streaming as streaming_stage
+from qkov_lightning.store.stored import StoredGradients
 from qkov_lightning.store.streaming import CacheReader, ahead, head_gradients_of
 
 WIDTH, HEADS, TOKENS = 48, 4, 6
@@ -99,7 +102,7 @@ def test_every_tensor_is_verified_once_per_measurement(
     counted = []
     real = zlib.crc32
     monkeypatch.setattr(zlib, "crc32", lambda data: counted.append(1) or real(data))
-    measure_interference(cache, PROJECTIONS, Attention(), fisher_directory=tmp_path / "fisher")
+    measure_interference(StoredGradients(cache, tmp_path / "fisher"), PROJECTIONS, Attention())
     tensors = {(record.path, key) for record in records_of(cache) for key in record.checksums}
     assert len(counted) == len(tensors)
 
@@ -131,9 +134,8 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(directory: Path, num_steps: int) -> int:
     cache = filled(directory / "cache", num_steps)
     with LiveBytes() as live:
-        measure_interference(
-            cache, PROJECTIONS[2:], Attention(), fisher_directory=directory / "fisher", num_hot_cells=1
-        )
+        stored = StoredGradients(cache, directory / "fisher")
+        measure_interference(stored, PROJECTIONS[2:], Attention(), ScoreSettings(num_hot_cells=1))
     return live.peak
 
 
@@ -141,7 +143,7 @@ def test_memory_stays_under_the_stated_cap_whatever_the_number_of_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held = 200_000
-    for stage in (streaming_stage, measurement_stage):
+    for stage in (streaming_stage, pairs_stage):
         monkeypatch.setattr(stage, "HELD_BYTES", held)
     monkeypatch.setattr(spans, "SPAN_BYTES", 20_000)
     monkeypatch.setattr(spans, "MIN_WEIGHTS", 16)

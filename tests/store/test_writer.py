@@ -15,8 +15,8 @@ from lightning.pytorch import Callback
 from modules import Module, loader, trainer
 
 from qkov_lightning import CacheError, GradientCache, InterferenceMonitor
+from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.capture.taps import CapturedStep, GradientFactors
 from qkov_lightning.store.writer import MAX_PENDING, CacheWriter
 
 pytestmark = pytest.mark.filterwarnings(

@@ -17,8 +17,9 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from synthetic import make_heatmap, train
 
-from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, loggers, register_logger
+from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, register_logger
 from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.views import loggers
 from qkov_lightning.views.loggers import send
 
 # Of the loggers' own clients, not of this package.

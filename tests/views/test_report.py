@@ -10,7 +10,7 @@ import pytest
 from synthetic import make_heatmap
 
 from qkov_lightning import InterferenceHeatmap, cli
-from qkov_lightning.measure.heatmap import HeatmapError
+from qkov_lightning.measure.encoding import HeatmapError
 from qkov_lightning.views.figures import score_scale
 from qkov_lightning.views.report import RunHistory, load_history, write_report
 

@@ -14,7 +14,7 @@ from rich.progress import Progress, TaskID
 from synthetic import make_heatmap, train
 
 from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, cli
-from qkov_lightning.measure.heatmap import SamplePair
+from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.views.tables import COLUMNS, cell_rows, metrics, select, write_tables
 from qkov_lightning.views.terminal import (

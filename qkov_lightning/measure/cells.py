@@ -1,0 +1,110 @@
+"""The parts of a heatmap: layers and their blocks, cells, sample pairs, and how they are named."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from qkov_lightning.heads.projections import Block
+
+Status = Literal["measured", "frozen", "no data"]
+
+
+@dataclass(frozen=True)
+class BlockInfo:
+    """Where one block of one layer lives, and whether it was measured.
+
+    Attributes:
+        module_name: Module that holds the projection.
+        num_heads: Heads of this block itself.
+        query_group: Query heads that share one of these heads.
+        status: "measured", "frozen" (nothing in the module trains) or "no data".
+    """
+
+    module_name: str
+    num_heads: int
+    query_group: int
+    status: Status
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer.
+
+    Attributes:
+        name: Label.
+        blocks: The blocks that were placed.
+    """
+
+    name: str
+    blocks: Mapping[Block, BlockInfo]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One (layer, head, block) with one score of one task pair.
+
+    Attributes:
+        task_a: Task whose sensitivity is measured.
+        task_b: Task that pushes.
+        layer: Position of the layer.
+        layer_name: Label of the layer.
+        head: Head, counted within the block.
+        block: "Q", "K", "V" or "O".
+        value: The score.
+        standard_error: Its standard error over samples.
+    """
+
+    task_a: str
+    task_b: str
+    layer: int
+    layer_name: str
+    head: int
+    block: Block
+    value: float
+    standard_error: float
+
+    @property
+    def name(self) -> str:
+        """Short name, as in ``L15.H8.O``."""
+        return f"L{self.layer}.H{self.head}.{self.block}"
+
+
+@dataclass(frozen=True)
+class SamplePair:
+    """Two samples that interfere in one cell: ``sample_a`` of ``task_a`` is hurt by ``sample_b`` of ``task_b``."""
+
+    task_a: str
+    sample_a: str
+    task_b: str
+    sample_b: str
+    layer: int
+    head: int
+    block: Block
+    value: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.task_a} sample {self.sample_a} conflicts with {self.task_b} sample {self.sample_b} "
+            f"at layer {self.layer}, head {self.head}, {self.block}"
+        )
+
+
+def safe_name(name: str) -> str:
+    """A task name for file names and logger tags: anything unusual becomes ``_`` and a checksum is added.
+
+    >>> safe_name("math"), safe_name("a/b")
+    ('math', 'a_b-07f4401c')
+    """
+    plain = re.sub(r"[^A-Za-z0-9.-]+|^\.+", "_", name)[:60]
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
+
+
+def printable(name: str) -> str:
+    """A task name for people: what would move the cursor or break the line is replaced."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
+    )

@@ -1,0 +1,112 @@
+"""A heatmap as JSON: versioned, readable by anything, and back to exactly the same numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qkov_lightning.heads.projections import BLOCKS
+from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair
+from qkov_lightning.scores.scores import SCORES
+
+SCHEMA_VERSION = 1
+
+
+class HeatmapError(ValueError):
+    """A file is no heatmap, or one of another schema."""
+
+
+def encode(fields: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) -> str:
+    """JSON in which NaN is null.
+
+    Args:
+        fields: Those of the heatmap.
+        summaries: One per task pair, for readers that want no more.
+    """
+    data = {
+        "schema": SCHEMA_VERSION,
+        "step": fields["step"],
+        "epoch": fields["epoch"],
+        "tasks": fields["tasks"],
+        "blocks": BLOCKS,
+        "layers": [
+            {"name": layer.name, "blocks": {block: vars(info) for block, info in layer.blocks.items()}}
+            for layer in fields["layers"]
+        ],
+        "num_samples": fields["num_samples"].long().tolist(),
+        "scores": {name: _to_nested(values) for name, values in fields["scores"].items()},
+        "standard_errors": {name: _to_nested(values) for name, values in fields["standard_errors"].items()},
+        "pairs": [vars(pair) for pair in fields["pairs"]],
+        "notes": dict(fields["notes"]),
+        "replicates": {name: _to_nested(values) for name, values in fields["replicates"].items()},
+        "summaries": summaries,
+    }
+    return json.dumps(data, allow_nan=False, ensure_ascii=False)
+
+
+def decode(text: str) -> dict[str, Any]:
+    """The fields of a heatmap that ``encode`` wrote.
+
+    Raises:
+        HeatmapError: If the text is no heatmap, or one of another schema.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise HeatmapError(f"not JSON: {error}") from error
+    found = data.get("schema") if isinstance(data, dict) else None
+    if found != SCHEMA_VERSION:
+        raise HeatmapError(
+            f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
+        )
+    unknown = sorted(set(data.get("scores", ())) - set(SCORES))
+    if unknown:
+        raise HeatmapError(
+            f"unknown score {', '.join(map(repr, unknown))}; this version knows {', '.join(SCORES)}. Read the file with "
+            "the version that wrote it."
+        )
+    try:
+        return {
+            "tasks": tuple(data["tasks"]),
+            "layers": tuple(
+                Layer(entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()})
+                for entry in data["layers"]
+            ),
+            "scores": {name: _from_nested(values) for name, values in data["scores"].items()},
+            "standard_errors": {
+                name: _from_nested(values) for name, values in data["standard_errors"].items()
+            },
+            "num_samples": torch.tensor(data["num_samples"], dtype=torch.float64),
+            "step": int(data["step"]),
+            "epoch": int(data["epoch"]),
+            "pairs": tuple(SamplePair(**pair) for pair in data["pairs"]),
+            "notes": dict(data["notes"]),
+            "replicates": {name: _from_nested(v) for name, v in data.get("replicates", {}).items()},
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
+
+
+def _to_nested(values: Tensor) -> Any:
+    """Nested lists with null for what is not a finite number."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, list):
+            return [clean(entry) for entry in item]
+        return item if math.isfinite(item) else None
+
+    return clean(values.double().tolist())
+
+
+def _from_nested(values: Any) -> Tensor:
+    def fill(item: Any) -> Any:
+        if isinstance(item, list):
+            return [fill(entry) for entry in item]
+        return math.nan if item is None else float(item)
+
+    return torch.tensor(fill(values), dtype=torch.float64)

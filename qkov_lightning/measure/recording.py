@@ -1,0 +1,272 @@
+"""The recording of a training run: its taps and its store, from the first step to the last, over restarts.
+
+What goes wrong with the disk never stops training: the recording switches itself off, in all processes, and says so.
+"""
+
+from __future__ import annotations
+
+import uuid
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.samples import Labels
+from qkov_lightning.capture.taps import GradientCapture
+from qkov_lightning.heads.projections import Projection
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.measurement import Rates, measure_interference
+from qkov_lightning.scores.settings import ScoreSettings
+from qkov_lightning.store.files import CacheError
+from qkov_lightning.store.processes import Processes
+from qkov_lightning.store.run import RunStore, Storage
+
+NOTHING_STORED = {"cache": "", "fisher_step": 0, "storage": ""}
+"""What a checkpoint says of the store of a recording that has switched itself off."""
+
+
+class Recording:
+    """Captures every n-th training step, keeps it, and measures what it kept.
+
+    Args:
+        storage: What to keep of a captured step.
+        max_samples_per_task: Budget of the cache.
+        max_bytes: Budget of the cache.
+
+    Attributes:
+        capture: The taps; None where nothing is captured.
+        store: What is on disk; None before training, and after an error in another process.
+        num_batches: Training batches seen.
+    """
+
+    def __init__(self, storage: Storage, max_samples_per_task: int, max_bytes: int) -> None:
+        self._storage: Storage = storage
+        self._max_samples_per_task, self._max_bytes = max_samples_per_task, max_bytes
+        self.capture: GradientCapture | None = None
+        self.store: RunStore | None = None
+        self._run_id = ""
+        self._switched_off = False
+        self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
+
+    @property
+    def num_batches(self) -> int:
+        """Training batches seen, over the whole run."""
+        return self._counters["batches"]
+
+    # From the model to the disk
+
+    def tap(
+        self,
+        model: nn.Module,
+        projections: Sequence[Projection],
+        loss_reduction: LossReduction,
+        processes: Processes,
+    ) -> None:
+        """Install the taps; samples without an identifier go on to be numbered."""
+        numbering = self.capture.numbering if self.capture else Counter()
+        self.capture = GradientCapture(model, projections, loss_reduction, processes.rank, processes.count)
+        self.capture.numbering = numbering
+        self.capture.install()
+
+    def open(
+        self,
+        directory: Path,
+        projections: Sequence[Projection],
+        processes: Processes,
+        state: Mapping[str, Any] | None,
+    ) -> None:
+        """Open the store of a new run, or of the run that a checkpoint belongs to, in all processes or in none.
+
+        Args:
+            directory: Holds a folder for each run.
+            projections: What is captured.
+            processes: Those of the run.
+            state: What the checkpoint holds of the ``state`` of its run.
+
+        Raises:
+            ValueError: If the processes do not share the directory, or the checkpoint's run stored something else.
+        """
+        self._switched_off = False
+        # A recording that had switched itself off names no cache: what it left behind is no start for a new one.
+        known = state["run_id"] if state and state["cache"] else uuid.uuid4().hex[:8]
+        self._run_id = processes.from_first(known)
+        self._counters = {key: int(state[key]) if state else 0 for key in self._counters}
+        if self.capture:
+            self.capture.numbering = Counter(state["numbering"] if state else {})
+        try:
+            self.store = RunStore(
+                directory / self._run_id,
+                projections,
+                processes,
+                self._storage,
+                self._max_samples_per_task,
+                self._max_bytes,
+            )
+            if state:
+                self.store.resume(state, self.num_batches, processes)
+        except CacheError as error:
+            self.switch_off(error)
+        self._agree(processes)
+        if self.store:
+            self.store.check_shared(processes)
+
+    def reopen(self, projections: Sequence[Projection]) -> bool:
+        """Go on in the store of the last ``fit``; False if there is none."""
+        self._switched_off = False
+        if self.store is None:
+            return False
+        self.store.open(projections)
+        return True
+
+    def start(self, every_n_steps: int) -> None:
+        """Watch the batch that begins, if it is an n-th one."""
+        if self.capture and not self._switched_off and self.num_batches % every_n_steps == 0:
+            self.capture.start()
+
+    def set_scale(self, scale: Callable[[], float]) -> None:
+        """Tell the taps what undoes the scale of the loss."""
+        if self.capture and self.capture.active:
+            self.capture.scale = scale()
+
+    def finish(self, labels: Callable[[], Labels] | None, processes: Processes) -> None:
+        """Hand over what was captured of the batch that ends, to be written.
+
+        Args:
+            labels: Gives the labels of the batch; None if it was skipped.
+            processes: Those of the run.
+        """
+        step = self.num_batches
+        self._counters["batches"] += 1
+        if not (self.capture and self.capture.active):
+            return
+        if labels is None:
+            self.capture.discard()
+        captured = [] if labels is None else self.capture.finish(labels)
+        if self.store:
+            try:
+                self.store.submit(step, captured, processes)
+            except CacheError as error:
+                self.switch_off(error)
+
+    def drain(self) -> None:
+        """Wait for what is on its way to the cache, and count it."""
+        if self.store and not self._switched_off:
+            try:
+                written, dropped = self.store.drain()
+            except CacheError as error:
+                self.switch_off(error)
+            else:
+                self._counters["captured_steps"] += written
+                self._counters["non_finite_steps"] += dropped
+
+    # From the disk to a heatmap
+
+    def is_ready(self, processes: Processes) -> bool:
+        """Whether all processes can measure, which then have written what they captured."""
+        self.drain()
+        self._agree(processes)
+        if self.store is None:
+            return False
+        processes.wait()
+        return True
+
+    def measure(
+        self,
+        model: nn.Module,
+        projections: Sequence[Projection],
+        settings: ScoreSettings,
+        processes: Processes,
+        rates: Rates | None,
+        on_projection: Callable[[], None],
+    ) -> InterferenceHeatmap | None:
+        """Measure what is stored.
+
+        Args:
+            model: The model.
+            projections: What was captured.
+            settings: What the scores depend on.
+            processes: Those of the run, all of them ready.
+            rates: What the optimiser multiplies a gradient with, instead of the direction of the settings.
+            on_projection: Called when one of the projections is done.
+
+        Returns:
+            The heatmap; None if there is nothing to measure, or it cannot be measured.
+        """
+        if self.store is None:
+            return None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                stored = self.store.until(self.num_batches)
+                heatmap = measure_interference(
+                    stored, projections, model, settings, processes, rates, on_projection
+                )
+        except CacheError as error:
+            self.switch_off(error)
+            return None
+        self.store.note_fisher(self.num_batches, processes)
+        if heatmap is None:
+            if self._counters["captured_steps"]:
+                self.switch_off(
+                    CacheError(f"The cache {self.store.cache.directory} is empty: were its files deleted?")
+                )
+            return None
+        return replace(heatmap, notes={**self._counters, **self.store.notes()})
+
+    # Restarts and errors
+
+    def state(self) -> dict[str, Any]:
+        """Counters, and where the cache is."""
+        self.drain()
+        return {
+            **self._counters,
+            **(self.store.state() if self.store else NOTHING_STORED),
+            "run_id": self._run_id,
+            "numbering": dict(self.capture.numbering) if self.capture else {},
+        }
+
+    def note_checkpoint(self) -> None:
+        """Keep what a restart from a checkpoint of this moment needs."""
+        self.drain()
+        if self.store and not self._switched_off:
+            try:
+                self.store.note_checkpoint(self.num_batches)
+            except CacheError as error:
+                self.switch_off(error)
+
+    def switch_off(self, error: CacheError) -> None:
+        """Stop recording, and say why.
+
+        Warns:
+            UserWarning: Always.
+        """
+        self._switched_off = True
+        self._release()
+        warnings.warn(
+            f"The interference monitor switched itself off; training goes on. {error}", stacklevel=4
+        )
+
+    def close(self) -> None:
+        """Write what is on its way, and leave the model as it was found."""
+        try:
+            self.drain()
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        if self.store:
+            self.store.close()
+        if self.capture:
+            self.capture.remove()
+
+    def _agree(self, processes: Processes) -> None:
+        """Either all processes measure or none: a measurement waits for all of them."""
+        if not processes.all(not self._switched_off):
+            if not self._switched_off:
+                self.switch_off(CacheError("Another process switched its own off, and says why."))
+            self.store = None
