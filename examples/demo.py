@@ -47,8 +47,8 @@ class ByteLanguageModel(LightningModule):
 
 
 def main() -> None:
-    # One process reads data that is in memory: Lightning's advice to add workers does not apply. The other two lines
-    # are Lightning's own affairs.
+    # One process reads data that is in memory: Lightning's advice to add workers does not apply. The other
+    # two lines are Lightning's own affairs.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*LeafSpec.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     seed_everything(0, verbose=False)

@@ -1,7 +1,7 @@
 """A model in the exact shape of Qwen3-0.6B, randomly initialised, trains on two texts and shows its heatmap.
 
-28 layers, 16 query heads and 8 key/value heads of 128 features, 176 million attention weights. Needs transformers, and
-about 6 GB of memory: python examples/full_size.py
+28 layers, 16 query heads and 8 key/value heads of 128 features, 176 million attention weights. Needs
+transformers, and about 6 GB of memory: python examples/full_size.py
 """
 
 import argparse

@@ -94,7 +94,8 @@ def probe(
 
     Args:
         checkpoint: Checkpoint that Lightning wrote.
-        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel --model.width 64`).
+        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel
+            --model.width 64`).
         data: LightningDataModule that has the samples.
         hook: Method of the data module (or the model) that returns their DataLoader.
         loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
@@ -134,7 +135,8 @@ def verify(
     """Compare the captured gradients of a batch with those of each of its samples alone.
 
     Args:
-        model: LightningModule with the arguments it is trained with (`--model my_module.MyModel --model.width 64`).
+        model: LightningModule with the arguments it is trained with (`--model my_module.MyModel --model.width
+            64`).
         data: LightningDataModule whose first batch is taken; a few samples are enough.
         checkpoint: Checkpoint that Lightning wrote; the weights that the model starts with without it.
         hook: Method of the data module (or the model) that returns the DataLoader.

@@ -29,15 +29,17 @@ CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
 class HeadFreezer(Callback):
     """Freezes cells: their weights are bit-identical after every optimiser step, while all others train.
 
-    Before each step the gradients of the frozen slices are set to zero, so that they count neither for gradient
-    clipping nor for the optimiser's moments, and their values are noted; after it they are put back, so that
-    momentum and weight decay cannot move them. Moments that were there before fade out, as under zero gradients.
+    Before each step the gradients of the frozen slices are set to zero, so that they count neither for
+    gradient clipping nor for the optimiser's moments, and their values are noted; after it they are put back,
+    so that momentum and weight decay cannot move them. Moments that were there before fade out, as under zero
+    gradients.
 
-    A head of Q, K or V owns its entries of the bias too; the bias of O belongs to all heads together and trains. Under
-    grouped-query attention a K or V head serves several query heads; the report at the start of training names them.
+    A head of Q, K or V owns its entries of the bias too; the bias of O belongs to all heads together and
+    trains. Under grouped-query attention a K or V head serves several query heads; the report at the start of
+    training names them.
 
-    The cells are a list, or those of a heatmap (a file, or that of the monitor in the same Trainer) with the worst
-    score. A monitor's first heatmap within the range decides; the choice goes into checkpoints.
+    The cells are a list, or those of a heatmap (a file, or that of the monitor in the same Trainer) with the
+    worst score. A monitor's first heatmap within the range decides; the choice goes into checkpoints.
 
     Args:
         cells: Names of cells, as in ``["L15.H8.O"]``.
@@ -54,7 +56,8 @@ class HeadFreezer(Callback):
         projections: Head map; found by ``find_projections`` by default.
 
     Raises:
-        ValueError: If there is not exactly one source of cells, a name is no cell, or a number is out of range.
+        ValueError: If there is not exactly one source of cells, a name is no cell, or a number is out of
+            range.
 
     Example:
         >>> freezer = HeadFreezer(["L15.H8.O", "L3.H0.K"], stop_epoch=2)

@@ -43,42 +43,48 @@ class InterferenceMonitor(Callback):
 
     Captures per-sample gradients of the attention projections from ordinary backward passes, and at each
     validation epoch (at each training epoch without validation) computes the interference of every ordered
-    pair of tasks in every layer, head and block. Training itself is bit-identical with and without it. (Captured steps
-    of compiled modules run eagerly, with the rounding and the random numbers of eager execution.)
+    pair of tasks in every layer, head and block. Training itself is bit-identical with and without it.
+    (Captured steps of compiled modules run eagerly, with the rounding and the random numbers of eager
+    execution.)
 
     The result goes to ``heatmap``, to scalars (``interference/<a>__<b>/max``, ...), to figures in the
     loggers, to the terminal beside the progress bar, and to ``<run>/interference/latest.json``.
 
     Args:
-        task_of: Batch key (or attribute), or function of the batch, that gives the task of each sample: strings
-            or ints, one per sample or one for the whole batch. Not needed where forward passes run inside
-            ``with qkov_lightning.task(...)``.
+        task_of: Batch key (or attribute), or function of the batch, that gives the task of each sample:
+            strings or ints, one per sample or one for the whole batch. Not needed where forward passes run
+            inside ``with qkov_lightning.task(...)``.
         sample_id_of: The same for sample identifiers. Samples are numbered per task without them.
         loss_reduction: How the training loss joins its samples: "mean" over samples, "token_mean" over all
             target tokens of the batch, or "sum".
-        num_target_tokens_of: Like ``task_of``, for the target tokens of each sample; only "token_mean" needs it.
-        token_samples_of: Like ``task_of``, for packed sequences and flattened inputs: the sample (counted from 0) of every
-            token of the model's input, -1 for padding. Rows of the batch are the samples without it.
+        num_target_tokens_of: Like ``task_of``, for the target tokens of each sample; only "token_mean" needs
+            it.
+        token_samples_of: Like ``task_of``, for packed sequences and flattened inputs: the sample (counted
+            from 0) of every token of the model's input, -1 for padding. Rows of the batch are the samples
+            without it.
         every_n_steps: Capture every n-th training batch.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
-        storage: "factors" keeps exact gradients; "sampled" keeps them at 512 weights of each head, drawn once per run, with
-            a sampling error that is part of every standard error; "auto" takes sampled storage where the exact gradients
-            of ``max_samples_per_task`` samples of each task would not fit and sampled ones are smaller, and says at the
-            first captured step what it took.
+        storage: "factors" keeps exact gradients; "sampled" keeps them at 512 weights of each head, drawn once
+            per run, with a sampling error that is part of every standard error; "auto" takes sampled storage
+            where the exact gradients of ``max_samples_per_task`` samples of each task would not fit and
+            sampled ones are smaller, and says at the first captured step what it took.
         cache_dir: Where the cache goes; beside the other results by default. All processes must see it.
         fisher_decay: Decay of the Fisher's EMA per captured step.
         damping: Added to the Fisher, relative to its mean over a slice.
-        update_direction: Direction in which a task would update the weights, for ``forgetting`` and ``loss_rise``:
-            "adam", "sgd", the one of the trainer's optimiser ("auto"), or the mean gradient divided by the second
-            moments that the optimiser holds at the moment ("state").
-        step_size: Length of the step that ``loss_rise`` predicts: the learning rate times the number of steps.
+        update_direction: Direction in which a task would update the weights, for ``forgetting`` and
+            ``loss_rise``: "adam", "sgd", the one of the trainer's optimiser ("auto"), or the mean gradient
+            divided by the second moments that the optimiser holds at the moment ("state").
+        step_size: Length of the step that ``loss_rise`` predicts: the learning rate times the number of
+            steps.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         figures: Scores to draw for each task pair after each epoch; all of them by default.
         projections: Head map; found by ``find_projections`` by default.
-        probe: Samples to measure at the weights of the moment, instead of those that training happens to see: a
-            DataLoader, or the name of the data module's method that returns one. See ``probe_interference``.
-        probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without it.
+        probe: Samples to measure at the weights of the moment, instead of those that training happens to see:
+            a DataLoader, or the name of the data module's method that returns one. See
+            ``probe_interference``.
+        probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without
+            it.
         name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
 
     Raises:

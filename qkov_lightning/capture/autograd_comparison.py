@@ -35,8 +35,8 @@ class CellError:
     Attributes:
         projection: Layer and block.
         head: Head of the block, from 0.
-        error: Largest relative error over the samples; None where there is no gradient to compare, because the
-            projection is frozen or took no part in the loss.
+        error: Largest relative error over the samples; None where there is no gradient to compare, because
+            the projection is frozen or took no part in the loss.
     """
 
     projection: Projection
@@ -187,7 +187,8 @@ class AutogradComparison:
         """Capture the batch, and run autograd on one sample after the other.
 
         Raises:
-            ValueError: If no projection trains, the loss is no finite number, or samples cannot be told apart.
+            ValueError: If no projection trains, the loss is no finite number, or samples cannot be told
+                apart.
         """
         if not self.modules:
             raise ValueError("All attention projections are frozen, expected at least one that trains.")

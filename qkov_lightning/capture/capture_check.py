@@ -30,33 +30,34 @@ def verify_capture(
 ) -> CaptureVerification:
     r"""Compare captured gradients with autograd on a batch of one, per sample, projection and head.
 
-    The model runs in the modes that its modules are in, and under the autocast that surrounds the call. The error of a cell
-    is, with the captured gradient g and the gradient :math:`\hat g` of the sample alone,
+    The model runs in the modes that its modules are in, and under the autocast that surrounds the call. The
+    error of a cell is, with the captured gradient g and the gradient :math:`\hat g` of the sample alone,
 
     .. math:: \max_n \lVert g_n - \hat g_n \rVert / \max(\lVert \hat g_n \rVert, 10^{-3} \lVert \hat G_n \rVert)
 
-    where :math:`\hat G_n` holds all cells. If some cell fails, the reasons that can be found are named: dropout and other
-    random numbers, batch norm, a wrong ``loss_reduction``, weights that two modules share.
+    where :math:`\hat G_n` holds all cells. If some cell fails, the reasons that can be found are named:
+    dropout and other random numbers, batch norm, a wrong ``loss_reduction``, weights that two modules share.
 
     Args:
         model: Left as found, with its random numbers.
         batch: As the training loop gives it to the model. A few samples are enough.
         loss: Loss of the model on a batch; the ``training_step`` of a LightningModule without it.
         loss_reduction: What the monitor is told about how the loss joins its samples.
-        num_target_tokens_of: Batch key, or function of the batch, that gives the target tokens of each sample; only
-            "token_mean" needs it.
-        sample_of: Gives sample n of the batch as a batch of one, where cutting everything that has one entry per sample is
-            not right (time first, packed sequences).
+        num_target_tokens_of: Batch key, or function of the batch, that gives the target tokens of each
+            sample; only "token_mean" needs it.
+        sample_of: Gives sample n of the batch as a batch of one, where cutting everything that has one entry
+            per sample is not right (time first, packed sequences).
         projections: Head map; found by ``find_projections`` by default.
-        tolerance: Largest relative error that passes; the square root of the machine precision, half of the digits, of
-            the coarsest type in use by default. Rounding is far below it, a wrong factor far above.
+        tolerance: Largest relative error that passes; the square root of the machine precision, half of the
+            digits, of the coarsest type in use by default. Rounding is far below it, a wrong factor far
+            above.
 
     Returns:
         The error of every cell, and the reasons.
 
     Raises:
-        ValueError: If there is no loss to call, no projection trains, the loss is no finite number, or samples cannot be
-            told apart.
+        ValueError: If there is no loss to call, no projection trains, the loss is no finite number, or
+            samples cannot be told apart.
     """
     placed = find_projections(model) if projections is None else list(projections)
     step_loss = loss or training_loss(model)
@@ -188,7 +189,8 @@ def _wrong_reduction(check: AutogradComparison, comparison: Comparison, toleranc
         "" if constant else f" to {most:.4g}, one per sample"
     )
     declared = f'not what loss_reduction="{check.loss_reduction}" says'
-    # The share that a sample has in the loss: what was undone is its inverse, times the factor that is too much.
+    # The share that a sample has in the loss: what was undone is its inverse, times the factor that is too
+    # much.
     undone = float(len(comparison.expected)) if check.loss_reduction == "mean" else 1.0
     shares = factors / undone
     if check.loss_reduction == "token_mean":

@@ -107,7 +107,8 @@ def _tokens(calls: list[Tensor]) -> Tensor:
 def _is_nonzero(tokens: Tensor) -> Tensor:
     """Whether a token has any feature that is not zero.
 
-    From the extremes, like ``_is_finite``: they write nothing of the size of the input, and NaN survives them.
+    From the extremes, like ``_is_finite``: they write nothing of the size of the input, and NaN survives
+    them.
     """
     return (tokens.amax(dim=1) != 0) | (tokens.amin(dim=1) != 0)
 

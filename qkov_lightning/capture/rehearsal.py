@@ -1,7 +1,7 @@
 """The loss of a model on a batch outside of training, without leaving a trace.
 
-Nothing of a run is touched: not its random numbers, buffers, modes or logged values. Gradients and parameters are the
-caller's to leave alone.
+Nothing of a run is touched: not its random numbers, buffers, modes or logged values. Gradients and parameters
+are the caller's to leave alone.
 """
 
 from __future__ import annotations

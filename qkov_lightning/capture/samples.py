@@ -121,8 +121,8 @@ def task(
         tasks: One task (string or int) for all samples of the forward, or one per sample.
         sample_ids: Identifiers, one per sample; running numbers per task without them.
         num_target_tokens: Target tokens of each sample, for ``loss_reduction="token_mean"``.
-        token_samples: For packed sequences and flattened inputs: the sample (counted from 0) of every token of
-            the input, -1 for padding, as from :func:`samples_from_positions`.
+        token_samples: For packed sequences and flattened inputs: the sample (counted from 0) of every token
+            of the input, -1 for padding, as from :func:`samples_from_positions`.
 
     Raises:
         ValueError: If a task is neither a string nor an int, or a token belongs to no listed sample.

@@ -42,8 +42,8 @@ def take_sample(batch: Any, index: int, num_samples: int) -> Any:
 class WeightGradients:
     """Gradients of the weights of linear modules by autograd.
 
-    Where a module has no weight of its own that trains (adapters, quantised or parametrised weights), the gradient of
-    the effective weight: of a matrix of zeros that is added to it.
+    Where a module has no weight of its own that trains (adapters, quantised or parametrised weights), the
+    gradient of the effective weight: of a matrix of zeros that is added to it.
 
     Args:
         modules: Linear modules, and packed attention modules, by name.

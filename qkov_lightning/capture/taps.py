@@ -1,6 +1,7 @@
 """Per-sample gradient factors of the attention projections, from ordinary backward passes.
 
-One class holds the taps and the account of what they must deliver: both are about the same calls of the same modules.
+One class holds the taps and the account of what they must deliver: both are about the same calls of the same
+modules.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ class GradientCapture:
         self._reset()
         self._active = True
         self._eager.enter_context(torch.compiler.set_stance("force_eager"))
-        # Earlier steps leave gradients behind (accumulation, several optimisers); references would keep their memory.
+        # Earlier steps leave gradients behind (accumulation, several optimisers); references would keep their
+        # memory.
         for module in self._modules.values():
             for parameter in module.parameters():
                 if parameter.grad is not None:

@@ -4,11 +4,11 @@ Judged are every cell, the mean of every block and the maximum of every task pai
 
 .. math:: t = (\text{rise} - \text{tolerance}) / s
 
-against Student's distribution. Where both heatmaps measured the same samples, s is the standard error of the rise
-itself, from leaving the same samples out of both: what the samples have in common cancels. Otherwise
-:math:`s^2 = s_0^2 + s_1^2` with the standard errors of the two heatmaps (Welch 1947), and the least degrees of freedom
-that Welch's formula can give: those of the heatmap that has fewer. A heatmap has one less than its smallest task has
-samples, or what its notes say of how its standard errors were made.
+against Student's distribution. Where both heatmaps measured the same samples, s is the standard error of the
+rise itself, from leaving the same samples out of both: what the samples have in common cancels. Otherwise
+:math:`s^2 = s_0^2 + s_1^2` with the standard errors of the two heatmaps (Welch 1947), and the least degrees
+of freedom that Welch's formula can give: those of the heatmap that has fewer. A heatmap has one less than its
+smallest task has samples, or what its notes say of how its standard errors were made.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class DriftReport:
     """Verdict on a pair of heatmaps.
 
     Attributes:
-        findings: What drifted: cells first, then block means, then maxima, the one with the highest lower bound first.
+        findings: What drifted: cells first, then block means, then maxima, the one with the highest lower
+            bound first.
         nearest: The ten surest of what did not.
         num_tests: Quantities that were judged.
         scores: Scores that were judged.
@@ -125,7 +126,8 @@ def check_drift(
     """Judge every cell, block mean and maximum of every pair of different tasks.
 
     A quantity drifts if the lower confidence bound of its rise, corrected for all quantities by Benjamini &
-    Hochberg (1995), exceeds the tolerance. Where nothing drifts, the chance of any alarm is at most ``alpha``.
+    Hochberg (1995), exceeds the tolerance. Where nothing drifts, the chance of any alarm is at most
+    ``alpha``.
 
     Args:
         baseline: What is accepted.

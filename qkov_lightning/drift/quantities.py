@@ -69,8 +69,8 @@ def quantities_of(
         shares @ old.values, shares @ new.values, _rise_error(old, new, shares, same_samples),
     )  # fmt: skip
 
-    # The variance of a maximum is at most the largest variance (Gaussian Poincare inequality). Where the maximum
-    # moves from cell to cell, what samples have in common need not cancel.
+    # The variance of a maximum is at most the largest variance (Gaussian Poincare inequality). Where the
+    # maximum moves from cell to cell, what samples have in common need not cancel.
     sign = -1 if SCORES[score].falling else 1
     at_old, at_new = (int((sign * one.values).argmax()) for one in (old, new))
     maximum = Quantities(
@@ -111,7 +111,7 @@ def _rise_error(
     if same_samples and old.replicates is not None and new.replicates is not None:
         error = jackknife_error((new.replicates - old.replicates) @ weights.T)
     else:
-        # How cells vary together is not used: were they one and the same cell up to scale, the standard error of the
-        # mean would be the mean of the standard errors; it is never more.
+        # How cells vary together is not used: were they one and the same cell up to scale, the standard error
+        # of the mean would be the mean of the standard errors; it is never more.
         error = torch.hypot(weights @ old.errors, weights @ new.errors)
     return error.clamp(min=ROUNDING * float(torch.stack([old.values, new.values]).abs().max()))

@@ -1,4 +1,5 @@
 """Which features of which module are a head.
 
-In: a model. Out: a `Projection` for each Q, K, V and O of each layer, found by name or declared, and proven by derivative.
+In: a model. Out: a `Projection` for each Q, K, V and O of each layer, found by name or declared, and proven
+by derivative.
 """

@@ -1,7 +1,7 @@
 """Find the attention layers of a model and place their heads, or refuse.
 
-Separate projections are placed by the names of their modules, fused ones by a known convention; both are checked
-against shapes.
+Separate projections are placed by the names of their modules, fused ones by a known convention; both are
+checked against shapes.
 """
 
 from __future__ import annotations

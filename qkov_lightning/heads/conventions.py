@@ -1,7 +1,7 @@
 """How attention modules name and order their projections: what cannot be known from shapes.
 
-One row per convention. Separate projections are told by their names; the order of the pieces of a FUSED one is
-told by nothing but who wrote it, so each row lists the classes that follow it.
+One row per convention. Separate projections are told by their names; the order of the pieces of a FUSED one
+is told by nothing but who wrote it, so each row lists the classes that follow it.
 """
 
 from __future__ import annotations

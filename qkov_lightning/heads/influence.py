@@ -216,8 +216,8 @@ class AttentionGraph:
         direction = torch.randn_like(part)
         if len(features) >= 3:
             part, direction = (t - t.mean(-1, keepdim=True) for t in (part, direction))
-        # At a right angle to the context, and of sum zero, or the length or the mean of the context would carry
-        # the movement through a normalisation.
+        # At a right angle to the context, and of sum zero, or the length or the mean of the context would
+        # carry the movement through a normalisation.
         along = (direction * part).sum(-1, keepdim=True) / part.square().sum(-1, keepdim=True).clamp(
             min=1e-30
         )

@@ -30,8 +30,8 @@ class ProjectionWeight:
 
     Attributes:
         parameter_name: Dotted path of the weight inside the model.
-        bias_name: Dotted path of the bias whose entries belong to heads; None without one, and for O, whose bias
-            belongs to all heads together.
+        bias_name: Dotted path of the bias whose entries belong to heads; None without one, and for O, whose
+            bias belongs to all heads together.
         axis: Axis of the weight that the heads' features index.
     """
 
@@ -51,8 +51,8 @@ def find_weight(model: nn.Module, projection: Projection) -> ProjectionWeight:
         Names and axis.
 
     Raises:
-        ArchitectureError: If the weight is no parameter of its own, but computed from others (an adapter, a weight
-            norm), or stored in another form (quantised).
+        ArchitectureError: If the weight is no parameter of its own, but computed from others (an adapter, a
+            weight norm), or stored in another form (quantised).
     """
     module = model.get_submodule(projection.module_name)
     where = f"Layer {projection.layer} (`{projection.layer_name}`), block {projection.block}"

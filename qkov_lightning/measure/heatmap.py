@@ -37,8 +37,8 @@ class InterferenceHeatmap:
         epoch: Epoch, from 0.
         pairs: Sample pairs of the hottest cells, hottest first.
         notes: Facts about the run that the numbers rest on (dropped steps, unreadable files, ...).
-        replicates: Values by score name without each group of samples, from which the standard errors were made;
-            empty where they were made in another way.
+        replicates: Values by score name without each group of samples, from which the standard errors were
+            made; empty where they were made in another way.
     """
 
     tasks: tuple[str, ...]

@@ -1,8 +1,8 @@
 r"""Standard errors that hold where one sample can carry a whole cell.
 
-The standard errors of the scores themselves are linear in each sample and take the Fisher as known. A sample that
-dominates its task's gradients moves the Fisher with it, and a ratio that it saturates no longer feels it: such errors
-come out several times too small. Leaving samples out shows what they carry.
+The standard errors of the scores themselves are linear in each sample and take the Fisher as known. A sample
+that dominates its task's gradients moves the Fisher with it, and a ratio that it saturates no longer feels
+it: such errors come out several times too small. Leaving samples out shows what they carry.
 """
 
 from __future__ import annotations

@@ -57,8 +57,8 @@ def measure_interference(
         The heatmap, the same in every process; None if the cache is empty.
 
     Raises:
-        CacheError: If the Fisher cannot be written or read, if there are too many tasks for a heatmap, or if the cache
-            holds other weights than it should.
+        CacheError: If the Fisher cannot be written or read, if there are too many tasks for a heatmap, or if
+            the cache holds other weights than it should.
     """
     selected = stored.cache.records()
     if not selected:

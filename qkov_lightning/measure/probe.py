@@ -66,10 +66,10 @@ def probe_interference(
 ) -> InterferenceHeatmap:
     """Measure the interference of the probe's samples, in evaluation mode, without any change to the model.
 
-    The Fisher is the plain mean over the probe's samples of each task, then the mean over the tasks. Gradients wait
-    in a temporary folder, so that the probe need not fit into memory. Standard errors come from leaving groups of
-    samples out, so that they hold for heavy-tailed gradients, too. The notes hold a fingerprint of the batches: two
-    heatmaps of the same samples are compared group by group.
+    The Fisher is the plain mean over the probe's samples of each task, then the mean over the tasks.
+    Gradients wait in a temporary folder, so that the probe need not fit into memory. Standard errors come
+    from leaving groups of samples out, so that they hold for heavy-tailed gradients, too. The notes hold a
+    fingerprint of the batches: two heatmaps of the same samples are compared group by group.
 
     Args:
         model: Holds the attention layers.

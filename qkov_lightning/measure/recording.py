@@ -1,6 +1,7 @@
 """The recording of a training run: its taps and its store, from the first step to the last, over restarts.
 
-What goes wrong with the disk never stops training: the recording switches itself off, in all processes, and says so.
+What goes wrong with the disk never stops training: the recording switches itself off, in all processes, and
+says so.
 """
 
 from __future__ import annotations
@@ -90,10 +91,12 @@ class Recording:
             state: What the checkpoint holds of the ``state`` of its run.
 
         Raises:
-            ValueError: If the processes do not share the directory, or the checkpoint's run stored something else.
+            ValueError: If the processes do not share the directory, or the checkpoint's run stored something
+                else.
         """
         self._switched_off = False
-        # A recording that had switched itself off names no cache: what it left behind is no start for a new one.
+        # A recording that had switched itself off names no cache: what it left behind is no start for a new
+        # one.
         known = state["run_id"] if state and state["cache"] else uuid.uuid4().hex[:8]
         self._run_id = processes.from_first(known)
         self._counters = {key: int(state[key]) if state else 0 for key in self._counters}

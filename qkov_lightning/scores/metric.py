@@ -100,17 +100,18 @@ class HeadInterference(Metric):
         """Add one projection, or some heads of it.
 
         Args:
-            gradients: Per-sample gradients; or blocks of weights, one after the other, in an iterable that can be read
-                several times.
+            gradients: Per-sample gradients; or blocks of weights, one after the other, in an iterable that
+                can be read several times.
             tasks: Task of each sample, by name or by index into ``tasks`` (-1 leaves a sample out).
             fisher: Fisher pooled over tasks, on the same weights.
             layer: Layer of the projection.
             block: Block of the projection.
             first_head: Head that the first row of ``gradients`` belongs to.
-            rates: What the optimiser multiplies a gradient with, weight by weight, instead of the direction that the
-                metric was made with.
-            weights: Where only some weights of each head were kept, in independent samples one after the other: how
-                many weights each one stands for, over all samples. The sampling error is added to the standard errors.
+            rates: What the optimiser multiplies a gradient with, weight by weight, instead of the direction
+                that the metric was made with.
+            weights: Where only some weights of each head were kept, in independent samples one after the
+                other: how many weights each one stands for, over all samples. The sampling error is added to
+                the standard errors.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.

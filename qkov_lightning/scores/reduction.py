@@ -43,10 +43,10 @@ class SliceStatistics:
         squared_norm: :math:`\sum_k g_{ik}^2`.
         whitened_alignment: :math:`\langle g_i, \bar g_t / (I + \epsilon) \rangle`.
         whitened_squared_norm: :math:`\sum_k g_{ik}^2 / (I_k + \epsilon)`.
-        response: :math:`r_{it} = \langle g_i, d_t \rangle` with the update direction :math:`d_t` of each task t; for a
-            sample's own task, that of its other samples.
-        slope_influence: How the mean response of each task t to the direction of a sample's own task moves with that
-            sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
+        response: :math:`r_{it} = \langle g_i, d_t \rangle` with the update direction :math:`d_t` of each task
+            t; for a sample's own task, that of its other samples.
+        slope_influence: How the mean response of each task t to the direction of a sample's own task moves
+            with that sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
         curvature_influence: The same of the mean squared response.
         step_size: Length of the step along the update direction.
     """
@@ -136,20 +136,22 @@ def slice_statistics(
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
-    They are read three times: for the sums of the tasks, for inner products with these, and for how the responses move
-    with each sample.
+    They are read three times: for the sums of the tasks, for inner products with these, and for how the
+    responses move with each sample.
 
     Args:
-        blocks: Gradients of all samples, block after block of weights (a list, or an object whose ``__iter__`` makes them
-            anew), so that not all of them need be in memory.
+        blocks: Gradients of all samples, block after block of weights (a list, or an object whose
+            ``__iter__`` makes them anew), so that not all of them need be in memory.
         task_indices: Task of each sample, counted from 0; -1 leaves a sample out.
         num_tasks: Number of tasks.
         fisher: Fisher pooled over tasks.
         damping: Added to the Fisher, relative to its mean over the slice.
-        update: Direction in which a task updates the slice, see :func:`~qkov_lightning.scores.updates.update_rate`.
+        update: Direction in which a task updates the slice, see
+            :func:`~qkov_lightning.scores.updates.update_rate`.
         step_size: Length of the step along it.
         weights: How many weights of the slice each one stands for, where only some were kept.
-        num_replicates: Independent samples of the weights of each head, which stand side by side as if they were heads.
+        num_replicates: Independent samples of the weights of each head, which stand side by side as if they
+            were heads.
 
     Returns:
         The statistics of the samples that belong to a task.

@@ -13,13 +13,13 @@ from qkov_lightning.scores.scores import Score
 def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: int) -> Estimate:
     r"""A score from independent samples of the weights, their spread added to its variance.
 
-    Every replicate estimates each sum over weights without bias, and so does their mean. The sampling variance of the
-    score comes from leaving one of the R replicates out (Quenouille 1949, Tukey 1958):
+    Every replicate estimates each sum over weights without bias, and so does their mean. The sampling
+    variance of the score comes from leaving one of the R replicates out (Quenouille 1949, Tukey 1958):
 
     .. math:: s^2 = \frac{R - 1}{R} \sum_{r=1}^{R} (\theta_{-r} - \bar\theta)^2
 
-    and so does the bias of a score that is no sum, :math:`(R - 1)(\bar\theta - \theta)`, which is taken off where the
-    score has no natural range to leave: exact for squares of sums.
+    and so does the bias of a score that is no sum, :math:`(R - 1)(\bar\theta - \theta)`, which is taken off
+    where the score has no natural range to leave: exact for squares of sums.
 
     Args:
         score: The score.

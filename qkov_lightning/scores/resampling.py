@@ -1,7 +1,8 @@
 """Tests over samples: is interference between tasks more than within them, and how sure is a score?
 
-Both work on the interference :math:`M_{ij}` of all pairs of samples in some cells (``sample_pairs``). A labelling or a
-resample of the samples weights the pairs, so that all of them over all cells are one matrix product.
+Both work on the interference :math:`M_{ij}` of all pairs of samples in some cells (``sample_pairs``). A
+labelling or a resample of the samples weights the pairs, so that all of them over all cells are one matrix
+product.
 
 Example:
     >>> from qkov_lightning import bootstrap_standard_error, permutation_test, sample_pairs
@@ -54,9 +55,10 @@ def permutation_test(
 ) -> PermutationTest:
     r"""Compare cross-task with within-task interference under permuted TASK LABELS of the pooled samples.
 
-    The difference of the means of :math:`M_{ij}` over the pairs with i in A and j in B, and over the pairs (i, j),
-    i unlike j, within A or within B, each task with the same weight. Where the tasks interfere with each other no more
-    than with themselves, labels are exchangeable, and the p-value is exact (Phipson & Smyth 2010).
+    The difference of the means of :math:`M_{ij}` over the pairs with i in A and j in B, and over the pairs
+    (i, j), i unlike j, within A or within B, each task with the same weight. Where the tasks interfere with
+    each other no more than with themselves, labels are exchangeable, and the p-value is exact (Phipson &
+    Smyth 2010).
 
     Args:
         pairs: :math:`M_{ij}` of all samples of both tasks, in some cells.

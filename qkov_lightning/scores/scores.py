@@ -6,13 +6,15 @@ i's own loss, :math:`C_i = g_i^2` its contribution, :math:`I` the Fisher pooled 
 .. math:: u_i = C_i / (I + \epsilon), \qquad v_j = |g_j|, \qquad M_{ij} = \langle u_i, v_j \rangle .
 
 Beside it stands the update :math:`-u_B` that an optimiser would take along the mean gradient of task B
-(:func:`~qkov_lightning.scores.updates.update_rate`), and what it does to the losses of A's samples, :math:`\langle g_i, u_B \rangle`.
+(:func:`~qkov_lightning.scores.updates.update_rate`), and what it does to the losses of A's samples,
+:math:`\langle g_i, u_B \rangle`.
 
 The mean of :math:`M_{ij}` over all pairs of a sample of task A and a sample of task B factorises into
 :math:`\langle \bar u_A, \bar v_B \rangle`, and so do its marginals: no score here ever looks at a pair.
 
-A new score is one function from :class:`~qkov_lightning.scores.reduction.SliceStatistics` to :class:`~qkov_lightning.scores.reduction.Estimate`, and one entry of ``SCORES``, which says
-all that figures, tables and the gate need to know of it.
+A new score is one function from :class:`~qkov_lightning.scores.reduction.SliceStatistics` to
+:class:`~qkov_lightning.scores.reduction.Estimate`, and one entry of ``SCORES``, which says all that figures,
+tables and the gate need to know of it.
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ def conflict(s: SliceStatistics) -> Estimate:
               \qquad D = 1 / (I + \epsilon)
 
     The inner product of the natural gradient (Amari 1998, eq. 2) with a diagonal Fisher: how the tasks pull
-    counts in units of what moves the model's outputs, so that a few weights with large gradients do not decide
-    alone. In [-1, 1], negative = conflict; the rest as for :func:`cosine`.
+    counts in units of what moves the model's outputs, so that a few weights with large gradients do not
+    decide alone. In [-1, 1], negative = conflict; the rest as for :func:`cosine`.
     """
     return _cosine(s, s.whitened_alignment, s.whitened_squared_norm)
 
@@ -118,12 +120,12 @@ def forgetting(s: SliceStatistics) -> Estimate:
 
     .. math:: \operatorname{mean}_{i \in A} \langle g_i, d_B \rangle^2 = d_B^\top F_A d_B
 
-    with the full, not the diagonal, empirical Fisher :math:`F_A` of the slice, and :math:`d_B` the update direction
-    (:func:`~qkov_lightning.scores.updates.update_rate`). To second order the step :math:`-\eta d_B` changes A's predictive distribution by a
-    Kullback-Leibler divergence of :math:`\eta^2/2` times as much (Amari 1998; with the observed targets instead of
-    drawn ones, Kunstner et al. 2019, arXiv:1905.12558); elastic weight consolidation takes the diagonal of it
-    (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3). At least 0. Within one task the direction is that of
-    the other samples.
+    with the full, not the diagonal, empirical Fisher :math:`F_A` of the slice, and :math:`d_B` the update
+    direction (:func:`~qkov_lightning.scores.updates.update_rate`). To second order the step :math:`-\eta d_B`
+    changes A's predictive distribution by a Kullback-Leibler divergence of :math:`\eta^2/2` times as much
+    (Amari 1998; with the observed targets instead of drawn ones, Kunstner et al. 2019, arXiv:1905.12558);
+    elastic weight consolidation takes the diagonal of it (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3).
+    At least 0. Within one task the direction is that of the other samples.
     """
     squares = s.response.square()
     return s.pair_estimate(s.task_mean(squares), as_a=squares, as_b=s.curvature_influence)
@@ -134,9 +136,9 @@ def loss_rise(s: SliceStatistics) -> Estimate:
 
     .. math:: -\eta \langle \bar g_A, d_B \rangle + \frac{\eta^2}{2} d_B^\top F_A d_B
 
-    the Taylor expansion of A's mean loss at the step :math:`-\eta d_B` to second order, the Hessian replaced by the
-    empirical Fisher as in :func:`forgetting`. In units of loss; positive = A forgets, negative = A gains. Within
-    one task the direction is that of the other samples.
+    the Taylor expansion of A's mean loss at the step :math:`-\eta d_B` to second order, the Hessian replaced
+    by the empirical Fisher as in :func:`forgetting`. In units of loss; positive = A forgets, negative = A
+    gains. Within one task the direction is that of the other samples.
     """
     rise = -s.step_size * s.response + s.step_size**2 / 2 * s.response.square()
     as_b = -s.step_size * s.slope_influence + s.step_size**2 / 2 * s.curvature_influence
@@ -230,7 +232,8 @@ def head_interference(
         tasks: Task of each sample.
         fisher: Fisher pooled over tasks, as from :meth:`EmpiricalFisher.pooled`.
         damping: Added to the Fisher, relative to its mean over the head.
-        update: Direction in which a task updates the weights, see :func:`~qkov_lightning.scores.updates.update_rate`.
+        update: Direction in which a task updates the weights, see
+            :func:`~qkov_lightning.scores.updates.update_rate`.
         step_size: Length of the step along it: the learning rate times the number of steps.
 
     Returns:

@@ -37,8 +37,8 @@ def update_rate(
     r"""What an optimiser multiplies the mean gradient with, per weight: :math:`d = \rho \, \bar g`.
 
     Args:
-        update: "adam" divides by the root of the damped mean square of the task's own gradients,
-            :math:`\rho = (\overline{g^2} + \epsilon)^{-1/2}` (Kingma & Ba 2015, arXiv:1412.6980, whose second moment is
+        update: "adam" divides by the root of the damped mean square of the task's own gradients, :math:`\rho
+            = (\overline{g^2} + \epsilon)^{-1/2}` (Kingma & Ba 2015, arXiv:1412.6980, whose second moment is
             that of batches; of single samples here). "sgd": 1. A tensor: the rates themselves, as from an
             optimiser's state.
         mean_square: Mean squared gradient.
@@ -118,8 +118,8 @@ class UpdateDirections:
 
         .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1} \Big(\frac{q - g_i^2}{n - 1} + \epsilon_{-i}\Big)^{-1/2} \Big\rangle
 
-        with the sums s and q over the n samples of their gradients and squares. Where the others have no gradient at all, neither has their
-        direction.
+        with the sums s and q over the n samples of their gradients and squares. Where the others have no
+        gradient at all, neither has their direction.
 
         Args:
             own: The samples; their gradients and squares are written over.
@@ -128,14 +128,15 @@ class UpdateDirections:
         task = own.task
         count = self._count[task]
         others = (count - 1).clamp(min=1)
-        # From sums, not means: without the only sample that has a gradient nothing is left, not even rounding.
+        # From sums, not means: without the only sample that has a gradient nothing is left, not even
+        # rounding.
         rest = torch.sub(self._gradient_sum[task], own.gradient, out=scratch)
         product = own.gradient.mul_(rest)
         if not self._is_adaptive:
             return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
         rest_square = torch.sub(self._square_sum[task], own.square, out=own.square)
-        # Beside a sample that dwarfs the others, their squares drown in rounding: they are no less than the square of
-        # their sum allows (Cauchy-Schwarz).
+        # Beside a sample that dwarfs the others, their squares drown in rounding: they are no less than the
+        # square of their sum allows (Cauchy-Schwarz).
         torch.maximum(rest_square, rest.square_().div_(others), out=rest_square)
         damping = count * self._epsilon[task][:, 0] - self._damping * own.slice_square
         rate = rest_square.add_(damping.clamp(min=0).to(rest)[..., None]).rsqrt_().nan_to_num_(posinf=0.0)

@@ -1,5 +1,5 @@
 """Gradients on disk.
 
-In: captured steps. Out: the same gradients, whole or sampled, read back some heads at a time; the cache survives a kill
-at any moment.
+In: captured steps. Out: the same gradients, whole or sampled, read back some heads at a time; the cache
+survives a kill at any moment.
 """

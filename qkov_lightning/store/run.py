@@ -87,7 +87,8 @@ class RunStore:
         """See that every process sees what the first one writes.
 
         Raises:
-            ValueError: If one does not; in all of them, since one that went on alone would wait for the others.
+            ValueError: If one does not; in all of them, since one that went on alone would wait for the
+                others.
         """
         if not processes.all(self._marker.exists()):
             raise ValueError(

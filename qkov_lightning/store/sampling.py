@@ -1,12 +1,14 @@
 r"""Sampled storage: a few weights of every head, drawn once, stand for all of them.
 
-Every score is made of sums over the weights of a slice, :math:`\sum_k f_k`. A replicate draws m weights with probabilities
-:math:`p_k`, and :math:`\sum_s f_{k_s} / (m p_{k_s})` is its unbiased estimate (Hansen & Hurwitz 1943), whatever p is. Draws are
-systematic (Madow 1949) along the head's own features, so that each of them gets its share and few weights are drawn twice. The
-replicates are independent of each other: their spread is the sampling error.
+Every score is made of sums over the weights of a slice, :math:`\sum_k f_k`. A replicate draws m weights with
+probabilities :math:`p_k`, and :math:`\sum_s f_{k_s} / (m p_{k_s})` is its unbiased estimate (Hansen & Hurwitz
+1943), whatever p is. Draws are systematic (Madow 1949) along the head's own features, so that each of them
+gets its share and few weights are drawn twice. The replicates are independent of each other: their spread is
+the sampling error.
 
-The probability of a weight is proportional to the product of the root mean squares of its output gradient and its
-activation in the first captured step, which is what its gradient would be without any correlation between the two.
+The probability of a weight is proportional to the product of the root mean squares of its output gradient and
+its activation in the first captured step, which is what its gradient would be without any correlation between
+the two.
 """
 
 from __future__ import annotations
@@ -247,7 +249,8 @@ def _systematic(
 ) -> tuple[Int[Tensor, draw], Int[Tensor, draw]]:
     """Equidistant points on the line of all weights, each as long as its probability, in random order.
 
-    Each own feature's weights are rotated by themselves, so that features of one length do not share their columns.
+    Each own feature's weights are rotated by themselves, so that features of one length do not share their
+    columns.
     """
     row_order = torch.randperm(len(own), generator=generator)
     column_order = torch.randperm(len(other), generator=generator)

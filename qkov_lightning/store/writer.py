@@ -21,8 +21,8 @@ MAX_PENDING = 2
 class CacheWriter:
     """Writes captured steps in order, on one thread that starts with the first of them.
 
-    What is handed over must not change afterwards: the factors of a ``CapturedStep`` are copies already. On an
-    accelerator they are copied to pinned memory on a stream of their own.
+    What is handed over must not change afterwards: the factors of a ``CapturedStep`` are copies already. On
+    an accelerator they are copied to pinned memory on a stream of their own.
 
     Args:
         cache: Where they go.

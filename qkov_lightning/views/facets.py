@@ -52,7 +52,8 @@ def scale_of(score: str, num_tasks: int, largest: float) -> Scale:
         largest: Largest finite size of a value; used only by scores in units.
 
     Returns:
-        The scale. All colour maps are perceptually ordered and safe for colour-blind readers; of a signed score,
+        The scale. All colour maps are perceptually ordered and safe for colour-blind readers; of a signed
+        score,
         red is the end that interferes.
     """
     known = SCORES[score]
@@ -77,7 +78,8 @@ def draw_facet(
         axis: Where.
         values: Values, NaN where there is nothing to colour.
         scale: Colours.
-        missing: Cells to hatch, by reason (a key of ``HATCHES``); other NaN cells do not exist and stay white.
+        missing: Cells to hatch, by reason (a key of ``HATCHES``); other NaN cells do not exist and stay
+            white.
         marked: Cells that get a dot.
     """
     colours = colormaps[scale.colormap]

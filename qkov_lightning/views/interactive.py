@@ -52,7 +52,8 @@ def facet_data(heatmap: InterferenceHeatmap, a: str, b: str, score: str) -> list
         score: Which score.
 
     Returns:
-        Per block: ``z`` and ``error`` as rows of layers with None for missing, ``text`` with a dot on cells that
+        Per block: ``z`` and ``error`` as rows of layers with None for missing, ``text`` with a dot on cells
+            that
         differ from the within-task control, and ``missing`` as ``x``, ``y`` and ``reason`` lists.
 
     Raises:

@@ -175,8 +175,8 @@ def send(
         step: Step that the trainer's own metrics carry at this moment.
         failed: Positions of the loggers that were warned about; those that fail now are added.
 
-    Warns:
-        UserWarning: The first time that a logger fails; training goes on, and the next heatmap is tried again.
+    Warns: UserWarning: The first time that a logger fails; training goes on, and the next heatmap is tried
+        again.
     """
     for position, logger in enumerate(loggers):
         sender = next(

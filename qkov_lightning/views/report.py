@@ -188,7 +188,8 @@ def _frame(heatmap: InterferenceHeatmap) -> dict[str, Any]:
     return {
         "step": heatmap.step,
         "epoch": heatmap.epoch,
-        # As in the figures: a score in units is drawn on the scale of its own heatmap, since it falls with the gradients.
+        # As in the figures: a score in units is drawn on the scale of its own heatmap, since it falls with
+        # the gradients.
         "ranges": {score: [scale.low, scale.high] for score, scale in scales.items()},
         "views": [
             {score: facet_data(heatmap, a, b, score) for score in heatmap.scores}

@@ -62,7 +62,8 @@ def select(
 
     Args:
         heatmap: What to select from.
-        pair: As in the names of scalars and figures, ``<task_a>__<task_b>``; all pairs of different tasks by default.
+        pair: As in the names of scalars and figures, ``<task_a>__<task_b>``; all pairs of different tasks by
+            default.
         score: Which score.
         block: The only block.
         top: Most cells per pair.

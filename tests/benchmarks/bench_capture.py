@@ -1,7 +1,8 @@
 """What the monitor adds to a training step, beside other ways to per-sample gradients.
 
-Every variant trains a copy of the model in a Trainer of its own, on 2 x 128 tokens, and they take turns step by step. "x (y)": wall clock
-x, processor time y, both as a ratio to the plain step. The machine's disk is part of the wall clock.
+Every variant trains a copy of the model in a Trainer of its own, on 2 x 128 tokens, and they take turns step
+by step. "x (y)": wall clock x, processor time y, both as a ratio to the plain step. The machine's disk is
+part of the wall clock.
 """
 
 from __future__ import annotations

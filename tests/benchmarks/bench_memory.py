@@ -14,8 +14,8 @@ from caches import STORAGES
 from qkov_lightning.store.streaming import HELD_BYTES
 
 HERE = Path(__file__).parent
-# What streaming.py states: gradients, the Fishers of one projection (two tasks) and factors of two steps of 8 x 128
-# tokens; here for Q, 2,048 x 256 weights, in float32.
+# What streaming.py states: gradients, the Fishers of one projection (two tasks) and factors of two steps of 8
+# x 128 tokens; here for Q, 2,048 x 256 weights, in float32.
 CAP = HELD_BYTES + 4 * (2 * 2048 * 256 + 2 * 8 * 128 * (2048 + 256))
 
 

@@ -1,8 +1,8 @@
 """Does freezing the worst cells help? Train on task A, then its attention on task B, with some cells frozen.
 
-Frozen is nothing, the worst cells of the recommended score, as many at random, or those where the mean gradient of B is
-largest. How much of A is forgotten is read off where the loss of B is the same for all of them: the lowest that every
-one of them reaches.
+Frozen is nothing, the worst cells of the recommended score, as many at random, or those where the mean
+gradient of B is largest. How much of A is forgotten is read off where the loss of B is the same for all of
+them: the lowest that every one of them reaches.
 
     python tests/benchmarks/freezing.py --seeds 12
 """

@@ -1,10 +1,11 @@
 """How often the gate raises a false alarm, and how often it finds a planted drift.
 
-Trains a small decoder on prose, code and arithmetic. Null pairs: two probes of disjoint samples of this one checkpoint.
-Planted drifts: one known head, and nothing else, is trained until one task is more sensitive there to what another
-pushes, and its weights are mixed with the old ones so that the score rises by about a given share of its value.
-The gradients of a pool of samples are computed once; each probe draws its samples from the pool. The scores and their
-leave-out values are computed here from sums over groups of samples, and checked against ``probe_interference`` first.
+Trains a small decoder on prose, code and arithmetic. Null pairs: two probes of disjoint samples of this one
+checkpoint. Planted drifts: one known head, and nothing else, is trained until one task is more sensitive
+there to what another pushes, and its weights are mixed with the old ones so that the score rises by about a
+given share of its value. The gradients of a pool of samples are computed once; each probe draws its samples
+from the pool. The scores and their leave-out values are computed here from sums over groups of samples, and
+checked against ``probe_interference`` first.
 
     python tests/benchmarks/gate_calibration.py
 """

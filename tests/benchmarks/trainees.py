@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, IterableDataset
 class Trainee(IterableDataset):
     """A Trainer in a thread of its own, which trains only while ``step`` is running.
 
-    It asks for its next batch through the data loader, and waits there: what ``step`` takes is one whole turn of
-    Lightning's loop, with every callback.
+    It asks for its next batch through the data loader, and waits there: what ``step`` takes is one whole turn
+    of Lightning's loop, with every callback.
     """
 
     def __init__(self, module: LightningModule, folder: Path, *callbacks: Callback) -> None:
@@ -49,7 +49,8 @@ class Trainee(IterableDataset):
 
     def _fit(self, module: LightningModule) -> None:
         try:
-            # With validation loaders, though their turn never comes: without them the monitor would measure at the end.
+            # With validation loaders, though their turn never comes: without them the monitor would measure
+            # at the end.
             self._trainer.fit(module, DataLoader(self, batch_size=None), DataLoader([0]))
         except BaseException as error:  # handed over to the thread that waits
             self._error = error

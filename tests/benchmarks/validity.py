@@ -1,8 +1,9 @@
 """Which score predicts harm? Every score against the measured rise of task A's loss after training on B in ONE cell.
 
-A model is trained on task A, half-way or until it converged. Then, for every cell of the attention,
-task B is trained in this cell alone, by one step of SGD or by k steps of Adam, and the loss of A is measured on windows
-that no score has seen. Scores and anchors are computed from other windows, and compared by rank over the cells.
+A model is trained on task A, half-way or until it converged. Then, for every cell of the attention, task B is
+trained in this cell alone, by one step of SGD or by k steps of Adam, and the loss of A is measured on windows
+that no score has seen. Scores and anchors are computed from other windows, and compared by rank over the
+cells.
 
     python tests/benchmarks/validity.py --seeds 2
 """

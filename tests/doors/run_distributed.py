@@ -1,7 +1,7 @@
 """Started by test_distributed.py in a fresh process: trains in forked groups of processes, and leaves heatmaps behind.
 
-The processes are this script's own children, as an elastic launcher would start them: nobody ends one because the
-other has died.
+The processes are this script's own children, as an elastic launcher would start them: nobody ends one because
+the other has died.
 """
 
 from __future__ import annotations

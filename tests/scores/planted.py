@@ -58,9 +58,10 @@ STEP_SIZE: dict[UpdateDirection, float] = {"adam": 0.1, "sgd": 1e-3}
 def plant(seed: int, update: UpdateDirection = "adam") -> tuple[str, dict[str, float]]:
     """A model with a conflict in one cell, drawn at random.
 
-    The cell is divided, and what multiplies it inside its head multiplied, by the same number: the model computes what it
-    did, but every change of this cell has more effect. Task A's targets are the model's own outputs and noise: the
-    model, and in it this cell above all, serves A. Task B's targets are those of the same model with another cell.
+    The cell is divided, and what multiplies it inside its head multiplied, by the same number: the model
+    computes what it did, but every change of this cell has more effect. Task A's targets are the model's own
+    outputs and noise: the model, and in it this cell above all, serves A. Task B's targets are those of the
+    same model with another cell.
 
     Args:
         seed: Of everything.

@@ -115,7 +115,8 @@ def test_one_sample_that_has_all_the_gradient_leaves_no_score_without_a_value(
                 assert scores[pair][score].isfinite().all(), (pair, score)
                 assert scores[pair][f"{score}_standard_error"].isfinite().all(), (pair, score)
         if ratio == 0:
-            # Either the sample meets the direction of the others, which is none, or the others have no gradient.
+            # Either the sample meets the direction of the others, which is none, or the others have no
+            # gradient.
             assert (scores["a", "a"]["forgetting"] == 0).all()
 
 
