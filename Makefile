@@ -2,7 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs bench calibration validity freezing clean
+.PHONY: help demo test lint docs bench calibration validity freezing clean
+
+help:  ## List the commands.
+	@sed -n 's/^\([a-z][a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 # torch first, pinned: see constraints.txt. The stamp keeps later calls quick.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -50,5 +53,5 @@ validity: $(VENV)/.installed-dev  ## Compare every score with the measured rise 
 freezing: $(VENV)/.installed-dev  ## Train on one task, then on another with the worst cells frozen.
 	$(BIN)/python tests/benchmarks/freezing.py
 
-clean:
+clean:  ## Remove what the other commands made.
 	rm -rf $(VENV) runs docs/_build

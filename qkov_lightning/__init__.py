@@ -26,6 +26,8 @@ from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.views.loggers import register_logger
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ArchitectureError",
     "Block",
@@ -50,6 +52,7 @@ __all__ = [
     "Projection",
     "ScoreSettings",
     "Verification",
+    "__version__",
     "bootstrap_standard_error",
     "check_drift",
     "contiguous_heads",

@@ -16,6 +16,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule
 from rich.console import Console
 
+from qkov_lightning import __version__
 from qkov_lightning.capture.capture_check import verify_capture
 from qkov_lightning.capture.reductions import LossReduction
 from qkov_lightning.drift.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
@@ -281,6 +282,8 @@ def main() -> None:
             commands,
             args=_arguments(sys.argv[1:]),
             description="See where in a transformer several tasks interfere.",
+            prog="qkov",
+            version=__version__,
         )
     except HeatmapError as error:
         _stop(error, NOT_COMPARABLE)
