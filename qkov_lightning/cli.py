@@ -18,7 +18,7 @@ from rich.console import Console
 
 from qkov_lightning import __version__
 from qkov_lightning.capture.capture_check import verify_capture
-from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.drift.gate import NOT_COMPARABLE, WRONG_USAGE, Format, judge, load_baseline
 from qkov_lightning.heads.inspection import describe, load_model, random_batch
 from qkov_lightning.heads.projections import Block
@@ -87,7 +87,7 @@ def probe(
     data: LightningDataModule | None = None,
     hook: str = "probe_dataloader",
     loss: Callable[..., Any] | None = None,
-    loss_reduction: LossReduction = "mean",
+    loss_reduction: ReductionChoice = "auto",
     task_of: str = "task",
     output: Path = Path("interference-probe.json"),
 ) -> None:
@@ -100,7 +100,7 @@ def probe(
         data: LightningDataModule that has the samples.
         hook: Method of the data module (or the model) that returns their DataLoader.
         loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
-        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from the loss.
         task_of: Batch key that gives the task of each sample.
         output: File to write.
 
@@ -131,7 +131,7 @@ def verify(
     checkpoint: Path | None = None,
     hook: str = "train_dataloader",
     loss: Callable[..., Any] | None = None,
-    loss_reduction: LossReduction = "mean",
+    loss_reduction: ReductionChoice = "auto",
 ) -> None:
     """Compare the captured gradients of a batch with those of each of its samples alone.
 
@@ -142,7 +142,7 @@ def verify(
         checkpoint: Checkpoint that Lightning wrote; the weights that the model starts with without it.
         hook: Method of the data module (or the model) that returns the DataLoader.
         loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
-        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from the loss.
 
     Raises:
         ValueError: If the model or the data is missing, or a gradient is not the one of the sample alone.

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.strategies import check_strategy
 from qkov_lightning.heads.architectures import find_projections
@@ -55,7 +55,7 @@ class InterferenceMonitor(Callback):
             strings or ints, one per sample or one for the whole batch. Not needed where forward passes run
             inside ``with qkov_lightning.task(...)``.
         sample_id_of: The same for sample identifiers. Samples are numbered per task without them.
-        loss_reduction: How the training loss joins its samples: "mean" over samples, "token_mean" over all
+        loss_reduction: How the training loss joins its samples: "auto" reads it from the loss itself, "mean" over samples, "token_mean" over all
             target tokens of the batch, or "sum".
         num_target_tokens_of: Like ``task_of``, for the target tokens of each sample; only "token_mean" needs
             it.
@@ -99,7 +99,7 @@ class InterferenceMonitor(Callback):
         self,
         task_of: str | Callable[[Any], Any] = "task",
         sample_id_of: str | Callable[[Any], Any] = "sample_id",
-        loss_reduction: LossReduction = "mean",
+        loss_reduction: ReductionChoice = "auto",
         num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
         token_samples_of: str | Callable[[Any], Any] = "token_samples",
         every_n_steps: int = 10,
@@ -122,7 +122,7 @@ class InterferenceMonitor(Callback):
         directions = {"auto", "adam", "sgd", "state"}
         check_values(
             "InterferenceMonitor",
-            ("loss_reduction", loss_reduction, loss_reduction in {"mean", "token_mean", "sum"}, "mean, token_mean or sum"),
+            ("loss_reduction", loss_reduction, loss_reduction in {"auto", "mean", "token_mean", "sum"}, "auto, mean, token_mean or sum"),
             ("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1"),
             ("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2"),
             ("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number"),
@@ -135,7 +135,7 @@ class InterferenceMonitor(Callback):
         )  # fmt: skip
         self.task_of = task_of
         self.sample_id_of = sample_id_of
-        self.loss_reduction: LossReduction = loss_reduction
+        self.loss_reduction: ReductionChoice = loss_reduction
         self.num_target_tokens_of = num_target_tokens_of
         self.token_samples_of = token_samples_of
         self.every_n_steps = every_n_steps
@@ -195,7 +195,7 @@ class InterferenceMonitor(Callback):
         self._recording.start(self.every_n_steps)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        """Note what the loss was multiplied with."""
+        """Note how the loss is made of its samples, and what it was multiplied with."""
 
         def scale() -> float:
             scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -204,6 +204,12 @@ class InterferenceMonitor(Callback):
             return accumulated / loss_scale
 
         self._recording.set_scale(scale)
+        self._recording.note_loss(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One backward pass is all of an automatic step; an optimiser may evaluate it again (L-BFGS, SAM)."""
+        if pl_module.automatic_optimization:
+            self._recording.pause()
 
     def on_train_batch_end(
         self,

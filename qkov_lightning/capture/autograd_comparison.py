@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.capture.gradients import head_gradients, select_samples
-from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.single_sample import WeightGradients, take_sample
@@ -124,6 +124,7 @@ class Comparison:
         captured: Of :math:`f^2`.
         expected: Of :math:`e^2`.
         product: Of :math:`f e`.
+        undone: What the captured gradient of each sample was multiplied with.
         dtypes: Types of what was captured.
         problems: What the capture itself complains of.
     """
@@ -133,6 +134,7 @@ class Comparison:
     captured: Float[Tensor, "sample cell"]
     expected: Float[Tensor, "sample cell"]
     product: Float[Tensor, "sample cell"]
+    undone: Float[Tensor, sample]
     dtypes: frozenset[torch.dtype]
     problems: tuple[str, ...]
 
@@ -146,9 +148,9 @@ class Comparison:
 
     def factors(self, tolerance: float) -> Float[Tensor, sample] | None:
         """By how much the captured gradient of each sample is too large, if that is all that is wrong."""
+        present = self.expected.sum(dim=1) > 0
         captured, expected, product = (
-            sums.sum(dim=1)[self.expected.sum(dim=1) > 0]
-            for sums in (self.captured, self.expected, self.product)
+            sums.sum(dim=1)[present] for sums in (self.captured, self.expected, self.product)
         )
         factors = product / expected
         rest = captured - 2 * factors * product + factors.square() * expected
@@ -172,7 +174,7 @@ class AutogradComparison:
     model: nn.Module
     batch: Any
     loss: Loss
-    loss_reduction: LossReduction
+    loss_reduction: ReductionChoice
     num_target_tokens_of: str | Callable[[Any], Any]
     sample_of: Callable[[Any, int], Any] | None
     projections: Sequence[Projection]
@@ -220,7 +222,9 @@ class AutogradComparison:
         cells = tuple((trained[index], head) for index in used for head in range(trained[index].num_heads))
         dtypes = {tensor.dtype for f in step.factors.values() for tensor in (f.activation, f.grad_output)}
         difference, captured, wanted, product = sums.unbind()
-        return Comparison(cells, difference, captured, wanted, product, frozenset(dtypes), tuple(problems))
+        return Comparison(
+            cells, difference, captured, wanted, product, step.scales, frozenset(dtypes), tuple(problems)
+        )
 
     def run(self, batch: Any) -> Tensor:
         """The loss, with the same random numbers each time.
@@ -248,7 +252,9 @@ class AutogradComparison:
         trainable = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
         with GradientCapture(self.model, self.projections, self.loss_reduction) as capture:
             capture.start()
-            torch.autograd.grad(self.run(self.batch), trainable, allow_unused=True)
+            loss = self.run(self.batch)
+            capture.note_loss(loss)
+            torch.autograd.grad(loss, trainable, allow_unused=True)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", CaptureWarning)
                 steps = capture.finish(self._labels)
@@ -275,7 +281,7 @@ class AutogradComparison:
             self.batch,
             "task" if named else lambda _: "any",
             lambda _: None,
-            self.num_target_tokens_of if self.loss_reduction == "token_mean" else lambda _: None,
+            self.num_target_tokens_of,
         )
         if labels.token_samples is not None and self.sample_of is None:
             raise ValueError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qkov_lightning.capture.autograd_comparison import AutogradComparison, CaptureVerification, Comparison
-from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
@@ -22,7 +22,7 @@ def verify_capture(
     batch: Any,
     *,
     loss: Loss | None = None,
-    loss_reduction: LossReduction = "mean",
+    loss_reduction: ReductionChoice = "auto",
     num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
     sample_of: Callable[[Any, int], Any] | None = None,
     projections: Sequence[Projection] | None = None,
@@ -191,8 +191,7 @@ def _wrong_reduction(check: AutogradComparison, comparison: Comparison, toleranc
     declared = f'not what loss_reduction="{check.loss_reduction}" says'
     # The share that a sample has in the loss: what was undone is its inverse, times the factor that is too
     # much.
-    undone = float(len(comparison.expected)) if check.loss_reduction == "mean" else 1.0
-    shares = factors / undone
+    shares = factors / comparison.undone[comparison.expected.sum(dim=1) > 0]
     if check.loss_reduction == "token_mean":
         yield f"{text}: the loss weighs its samples otherwise than by the numbers of target tokens that were given."
     elif bool(((shares - 1).abs() <= near).all()):

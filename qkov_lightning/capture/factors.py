@@ -49,11 +49,19 @@ class CapturedStep:
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """What one backward pass gives to a tap: the input of a module, the gradient of its output, and its scale."""
+    """What one backward pass gives to a tap: the input of a module, the gradient of its output, and its scale.
+
+    Attributes:
+        activation: Input of the module.
+        grad_output: Gradient of its output.
+        scale: Undoes what the training loop did to the loss.
+        adds_up: Whether the backward pass added to ``.grad``.
+    """
 
     activation: Tensor
     grad_output: Tensor
     scale: float
+    adds_up: bool = True
 
 
 def fits(delivery: Delivery, num_samples: int, labels: Labels) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from qkov_lightning.capture.batches import batch_size, fingerprints
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -37,25 +39,35 @@ class Labels:
 
     Attributes:
         tasks: One task for all samples, or one for each.
-        ids: Identifier of each sample; running numbers per task without them.
+        ids: Identifier of each sample; without them a fingerprint of what the batch holds of it, or else
+            running numbers per task.
         num_target_tokens: Tokens that each sample adds to a token-mean loss.
         token_samples: Sample of every token of the model's input, -1 for none; where samples are not
             simply the rows of the batch.
+        batch: The batch, which tells samples apart that have no identifier.
     """
 
     tasks: str | tuple[str, ...]
     ids: tuple[str, ...] | None = None
     num_target_tokens: tuple[int, ...] | None = None
     token_samples: Tensor | None = None
+    batch: object = None
+
+    @property
+    def key(self) -> tuple[object, object]:
+        """The same for labels that say the same."""
+        return self.tasks, self.ids
 
     @property
     def num_samples(self) -> int | None:
-        """Number of samples, where the labels settle it."""
+        """Number of samples, where the labels or the batch settle it."""
         if not isinstance(self.tasks, str):
             return len(self.tasks)
         if self.ids is not None:
             return len(self.ids)
-        return None if self.token_samples is None else int(self.token_samples.max()) + 1
+        if self.token_samples is not None:
+            return int(self.token_samples.max()) + 1
+        return batch_size(self.batch)
 
     def resolve(
         self, num_samples: int, numbering: Counter[str], rank: int = 0, world_size: int = 1
@@ -86,6 +98,8 @@ class Labels:
                     + (", or one value for the whole batch." if what == "tasks" else ".")
                 )
         ids = self.ids
+        if ids is None and self.batch is not None:
+            ids = fingerprints(self.batch, num_samples, self.token_samples)
         if ids is None:
             numbered = []
             for name in tasks:
@@ -157,6 +171,7 @@ def label_samples(
     sample_ids: object = None,
     num_target_tokens: object = None,
     token_samples: Tensor | None = None,
+    batch: object = None,
 ) -> Labels:
     """Labels from strings, ints, sequences or tensors of them.
 
@@ -177,6 +192,7 @@ def label_samples(
         if num_target_tokens is None
         else tuple(int(value) for value in _as_sequence(num_target_tokens)),
         token_samples=token_samples,
+        batch=batch,
     )
 
 
@@ -204,7 +220,7 @@ def read_labels(
     if token_samples is not None and not isinstance(token_samples, Tensor):
         raise ValueError(f"token_samples is a {type(token_samples).__name__}, expected a tensor of ints.")
     return label_samples(
-        tasks, _entry(batch, sample_id_of), _entry(batch, num_target_tokens_of), token_samples
+        tasks, _entry(batch, sample_id_of), _entry(batch, num_target_tokens_of), token_samples, batch
     )
 
 

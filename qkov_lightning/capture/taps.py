@@ -11,14 +11,15 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkov_lightning.capture.calls import Call, Tap, accumulator, adds_up, inside_backward, is_batched
 from qkov_lightning.capture.factors import CapturedStep, Delivery, GradientFactors, fits, inputs_of, join
-from qkov_lightning.capture.reductions import LossReduction, sample_scales
+from qkov_lightning.capture.loss_terms import LossTerm, read_loss
+from qkov_lightning.capture.reductions import Joining, ReductionChoice, check_rows, joining
 from qkov_lightning.capture.samples import Labels, current_labels
 from qkov_lightning.heads.multihead import MultiheadLinears
 from qkov_lightning.heads.projections import Projection
@@ -29,42 +30,25 @@ class CaptureWarning(UserWarning):
     """Gradients of a projection could not be captured; its cells lack the samples of that step."""
 
 
-@dataclass(eq=False)
-class _Call:
-    """One forward call of one module, under the labels of a ``with task(...)`` or of the batch (None)."""
+class _Hook:
+    """A hook that a copy of the module does not inherit: deep copies and pickles hold one that does nothing."""
 
-    module_name: str
-    labels: Labels | None
-    recomputed: bool
-    deliveries: list[Delivery] = field(default_factory=list)
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
 
+    def __call__(self, *args: Any) -> Any:
+        return self._hook(*args)
 
-class _Tap(torch.autograd.Function):
-    """Identity that sees the gradient of a module's output beside the module's input.
-
-    ``save_for_backward`` rather than a closure: activation checkpointing can then drop the activation
-    and bring it back, so that the tap holds no memory of its own.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, activation: Tensor, deliver: Callable[[Tensor, Tensor], None]
-    ) -> Tensor:
-        ctx.save_for_backward(activation)
-        ctx.deliver = deliver
-        # A clone, not a view: the model may go on to change its output in place (`q *= scale`).
-        return output.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (activation,) = ctx.saved_tensors
-        ctx.deliver(activation, grad_outputs[0])
-        return grad_outputs[0], None, None
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[()]]:
+        return _no_hook, ()
 
 
-def _inside_backward() -> bool:
-    """Whether autograd is running: a forward then is the recomputation of a checkpoint."""
-    return torch._C._current_graph_task_id() != -1
+def _no_hook() -> Callable[..., None]:
+    return _do_nothing
+
+
+def _do_nothing(*_: object) -> None:
+    pass
 
 
 class GradientCapture:
@@ -77,13 +61,19 @@ class GradientCapture:
             capture.start()
             with task(batch["task"]):
                 loss = loss_function(model(batch["x"]), batch["y"])
+            capture.note_loss(loss)
             loss.backward()
             steps = capture.finish()
+
+    A step counts every sample once. Where an optimiser evaluates the same batch again after it has moved the
+    weights (L-BFGS, SAM), the first evaluation counts. Where gradients are asked for (``torch.autograd.grad``)
+    beside a backward pass that adds them up, the backward pass counts.
 
     Args:
         model: Holds the projections.
         projections: What to watch.
-        loss_reduction: How the loss joins the samples of a batch.
+        loss_reduction: How the loss joins the samples of a batch; "auto" reads it from the loss that
+            ``note_loss`` is given.
         rank: This process, where several number their samples.
         world_size: Number of such processes.
 
@@ -91,13 +81,14 @@ class GradientCapture:
         scale: Multiplies every gradient that arrives after it is set; ``start`` sets it to 1. Undoes
             what the training loop did to the loss: accumulation, gradient scaling.
         numbering: Samples without an identifier seen so far, per task.
+        joined: How the loss joined the samples of the last captured step; None before the first.
     """
 
     def __init__(
         self,
         model: nn.Module,
         projections: Sequence[Projection],
-        loss_reduction: LossReduction = "mean",
+        loss_reduction: ReductionChoice = "auto",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -108,42 +99,32 @@ class GradientCapture:
         self._loss_reduction = loss_reduction
         self._rank, self._world_size = rank, world_size
         self.numbering: Counter[str] = Counter()
+        self.joined: Joining | None = None
         self._warned: set[str] = set()
         self._handles: list[Any] = []
         self._eager = ExitStack()
         self._reset()
 
     def _reset(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         self._eager.close()
-        self._active = False
-        self._calls: list[_Call] = []
+        self._active = self._paused = False
+        self._calls: list[Call] = []
+        self._versions: dict[tuple[str, object], tuple[int, ...]] = {}
+        self._terms: list[LossTerm] = []
         self._ran_without_grad: set[str] = set()
+        self._batched: set[str] = set()
         self._problems: dict[str, str] = {}
         self._leftovers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self.scale = 1.0
 
-    def install(self) -> None:
-        """Put the taps in place."""
-        if not self._handles:
-            for name, module in self._modules.items():
-                if not isinstance(module, nn.MultiheadAttention):
-                    self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
-            for name, attention in self._packed.items():
-                self._handles += self._watch_packed(name, attention)
-
-    def remove(self) -> None:
-        """Take the taps away and forget what they saw."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._reset()
-
     def __enter__(self) -> GradientCapture:
-        self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.remove()
+        self.discard()
 
     @property
     def active(self) -> bool:
@@ -151,9 +132,18 @@ class GradientCapture:
         return self._active
 
     def start(self) -> None:
-        """Watch from now on. Compiled modules run eagerly until the step ends: compiled code calls no taps."""
+        """Watch from now on. Compiled modules run eagerly until the step ends: compiled code calls no taps.
+
+        The taps are there in captured steps only: in between, the model is as it was found.
+        """
         self._reset()
         self._active = True
+        for name, module in self._modules.items():
+            if not isinstance(module, nn.MultiheadAttention):
+                hook = _Hook(self._hook(name, module))
+                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        for name, attention in self._packed.items():
+            self._handles += self._watch_packed(name, attention)
         self._eager.enter_context(torch.compiler.set_stance("force_eager"))
         # Earlier steps leave gradients behind (accumulation, several optimisers); references would keep their
         # memory.
@@ -163,8 +153,17 @@ class GradientCapture:
                     grad = parameter.grad
                     self._leftovers[id(parameter)] = (weakref.ref(grad), grad._version)
 
+    def note_loss(self, loss: Tensor) -> None:
+        """Read how the loss joins its samples, before its backward pass."""
+        if self._active and not self._paused and self._loss_reduction in {"auto", "token_mean"}:
+            self._terms += read_loss(loss)
+
+    def pause(self) -> None:
+        """Watch no further forward pass of this step."""
+        self._paused = True
+
     def discard(self) -> None:
-        """Forget the step."""
+        """Forget the step, and take the taps away."""
         self._reset()
 
     def finish(self, batch_labels: Callable[[], Labels] | None = None) -> list[CapturedStep]:
@@ -184,6 +183,7 @@ class GradientCapture:
         """
         try:
             self._account()
+            self._drop_asked_for()
             steps = []
             for labels in dict.fromkeys(call.labels for call in self._calls if call.deliveries):
                 calls = [call for call in self._calls if call.labels is labels and call.deliveries]
@@ -194,17 +194,18 @@ class GradientCapture:
                             "checkpoints run again outside of it: use `use_reentrant=False`.)"
                         )
                     labels = batch_labels()
-                steps.append(self._collect(labels, calls))
+                steps.append(self._collect(labels, calls, self._terms_of(calls)))
             self._warn()
             return [step for step in steps if step.factors]
         finally:
             self._reset()
 
-    def _hook(self, name: str) -> Callable[..., Tensor | None]:
+    def _hook(self, name: str, owner: nn.Module) -> Callable[..., Tensor | None]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
         ) -> Tensor | None:
-            if not self._active or not is_trainable(module):
+            # A shallow copy shares the hooks of its original.
+            if module is not owner or self._paused or not is_trainable(module):
                 return None
             if not isinstance(output, Tensor):
                 self._problems[name] = f"its output is a {type(output).__name__}, expected one tensor"
@@ -220,12 +221,18 @@ class GradientCapture:
         if not (torch.is_grad_enabled() and output.requires_grad):
             self._ran_without_grad.add(name)
             return None
-        call = _Call(name, current_labels(), recomputed=_inside_backward())
+        call = Call(name, current_labels(), recomputed=inside_backward())
+        if not call.recomputed and self._evaluates_again(call):
+            return None
         self._calls.append(call)
         after = 0 if width is None else width - start - output.shape[-1]
+        adding = accumulator(self._modules[name])
 
         def deliver(activation: Tensor, grad_output: Tensor) -> None:
             if not self._active:
+                return
+            if is_batched(grad_output):
+                self._batched.add(name)
                 return
             if torch.is_grad_enabled():
                 self._problems[name] = (
@@ -233,10 +240,16 @@ class GradientCapture:
                     "that do not pass through its output"
                 )
             grad = nn.functional.pad(grad_output.detach(), (start, after))
-            call.deliveries.append(Delivery(activation.detach(), grad, self.scale))
+            call.deliveries.append(Delivery(activation.detach(), grad, self.scale, adds_up(adding)))
 
-        tapped: Tensor = _Tap.apply(output, activation.detach(), deliver)
+        tapped: Tensor = Tap.apply(output, activation.detach(), call, deliver)
         return tapped
+
+    def _evaluates_again(self, call: Call) -> bool:
+        """Whether the samples of a call have passed its module in this step, before its weights moved."""
+        versions = tuple(parameter._version for parameter in self._modules[call.module_name].parameters())
+        known = None if call.labels is None else call.labels.key
+        return self._versions.setdefault((call.module_name, known), versions) != versions
 
     def _watch_packed(self, name: str, attention: nn.MultiheadAttention) -> list[Any]:
         """Hooks that show the inside of an attention that calls no submodule, while it runs."""
@@ -252,8 +265,8 @@ class GradientCapture:
         linears = MultiheadLinears({name: attention}, on_linear)
         entered: list[MultiheadLinears] = []
 
-        def enter(*_: object) -> None:
-            if self._active:
+        def enter(module: nn.Module, *_: object) -> None:
+            if module is attention and not self._paused:
                 entered.append(linears.__enter__())
 
         def leave(*_: object) -> None:
@@ -261,9 +274,15 @@ class GradientCapture:
                 entered.pop().__exit__(None, None, None)
 
         return [
-            attention.register_forward_pre_hook(enter),
-            attention.register_forward_hook(leave, always_call=True),
+            attention.register_forward_pre_hook(_Hook(enter)),
+            attention.register_forward_hook(_Hook(leave), always_call=True),
         ]
+
+    def _drop_asked_for(self) -> None:
+        """Leave out gradients that ``autograd.grad`` returned, where a backward pass added them up as well."""
+        if any(delivery.adds_up for call in self._calls for delivery in call.deliveries):
+            for call in self._calls:
+                call.deliveries[:] = [delivery for delivery in call.deliveries if delivery.adds_up]
 
     def _account(self) -> None:
         """Find every trainable projection that ran but did not deliver."""
@@ -272,13 +291,20 @@ class GradientCapture:
         for name, module in self._modules.items():
             if name in delivered:
                 continue
-            if name in ran:
+            if name in self._batched:
+                self._problems[name] = "its gradients were asked for several at once (is_grads_batched=True)"
+            elif name in ran:
                 self._problems[name] = "it ran forward, but no gradient of its output arrived"
             elif is_trainable(module) and any(self._got_gradient(p) for p in module.parameters()):
                 self._problems[name] = (
                     "it has a gradient, but its forward pass was not seen (compiled before the monitor "
                     "started, or its weight used without calling it)"
                 )
+
+    def _terms_of(self, calls: list[Call]) -> list[LossTerm]:
+        """Parts of the loss that these calls led to; those whose calls are not seen, if there are no others."""
+        own = [term for term in self._terms if term.owner in calls]
+        return own or [term for term in self._terms if term.owner is None]
 
     def _got_gradient(self, parameter: nn.Parameter) -> bool:
         """Whether the step added to the gradient of a parameter."""
@@ -291,16 +317,12 @@ class GradientCapture:
         # Under FSDP2 the whole is shared out, and asking for it would wait for the other processes.
         return bool(getattr(grad, "to_local", lambda: grad)().any())
 
-    def _collect(self, labels: Labels, calls: list[_Call]) -> CapturedStep:
+    def _collect(self, labels: Labels, calls: list[Call], terms: list[LossTerm]) -> CapturedStep:
         deliveries = [delivery for call in calls for delivery in call.deliveries]
-        num_samples = labels.num_samples or deliveries[0].activation.shape[0]
         rows = {delivery.activation.shape[0] for delivery in deliveries}
-        if labels.token_samples is None and len(rows) == 1 and num_samples not in rows:
-            raise ValueError(
-                f"{num_samples} tasks (or sample ids) were given, but the inputs of the projections have "
-                f"{rows.pop()} rows: expected one task per sample, and samples along the first dimension. For packed "
-                "sequences or flattened tokens, say which sample each token belongs to (`token_samples`)."
-            )
+        num_samples = labels.num_samples or deliveries[0].activation.shape[0]
+        if labels.token_samples is None and len(rows) == 1:
+            check_rows(rows.pop(), labels, terms)
         samples = labels.resolve(num_samples, self.numbering, self._rank, self._world_size)
         by_module: dict[str, list[Delivery]] = {}
         for call in calls:
@@ -331,7 +353,8 @@ class GradientCapture:
                 + "; ".join(f"`{name}`: {problem}" for name, problem in self._problems.items())
                 + f". The labels say that the batch has {num_samples} samples."
             )
-        return CapturedStep(samples, sample_scales(samples, self._loss_reduction) * scale, factors)
+        self.joined = joining(samples, self._loss_reduction, terms, labels.token_samples)
+        return CapturedStep(samples, self.joined.scales(num_samples) * scale, factors)
 
     def _warn(self) -> None:
         for name, problem in self._problems.items():

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from qkov_lightning.capture.factors import CapturedStep
-from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.capture.samples import read_labels
 from qkov_lightning.capture.taps import GradientCapture
@@ -56,7 +56,7 @@ def probe_interference(
     probe: Probe,
     *,
     loss: Loss | None = None,
-    loss_reduction: LossReduction = "mean",
+    loss_reduction: ReductionChoice = "auto",
     task_of: str | Callable[[Any], Any] = "task",
     sample_id_of: str | Callable[[Any], Any] = "sample_id",
     num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
@@ -110,6 +110,7 @@ def probe_interference(
                 capture.start()
                 value = step_loss(model, batch)
                 _check_loss(value, index)
+                capture.note_loss(value)
                 # Not `backward()`: it would add to `.grad`, and run optimisers that hang on it.
                 torch.autograd.grad(value, weights, allow_unused=True)
                 captured = capture.finish(

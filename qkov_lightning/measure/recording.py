@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qkov_lightning.capture.reductions import LossReduction
+from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.samples import Labels
 from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.projections import Projection
@@ -66,14 +66,13 @@ class Recording:
         self,
         model: nn.Module,
         projections: Sequence[Projection],
-        loss_reduction: LossReduction,
+        loss_reduction: ReductionChoice,
         processes: Processes,
     ) -> None:
         """Install the taps; samples without an identifier go on to be numbered."""
         numbering = self.capture.numbering if self.capture else Counter()
         self.capture = GradientCapture(model, projections, loss_reduction, processes.rank, processes.count)
         self.capture.numbering = numbering
-        self.capture.install()
 
     def open(
         self,
@@ -136,6 +135,16 @@ class Recording:
         """Tell the taps what undoes the scale of the loss."""
         if self.capture and self.capture.active:
             self.capture.scale = scale()
+
+    def note_loss(self, loss: Tensor) -> None:
+        """Show the taps how the loss joins its samples."""
+        if self.capture:
+            self.capture.note_loss(loss)
+
+    def pause(self) -> None:
+        """Watch no further forward pass of the batch."""
+        if self.capture:
+            self.capture.pause()
 
     def finish(self, labels: Callable[[], Labels] | None, processes: Processes) -> None:
         """Hand over what was captured of the batch that ends, to be written.
@@ -265,7 +274,7 @@ class Recording:
         if self.store:
             self.store.close()
         if self.capture:
-            self.capture.remove()
+            self.capture.discard()
 
     def _agree(self, processes: Processes) -> None:
         """Either all processes measure or none: a measurement waits for all of them."""

@@ -19,7 +19,6 @@ class CaptureAlone(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.capture = GradientCapture(pl_module, find_projections(pl_module))
-        self.capture.install()
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.capture.start()

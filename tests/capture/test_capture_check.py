@@ -132,7 +132,8 @@ def test_a_token_mean_loss_passes_when_it_is_called_one_and_fails_when_it_is_cal
         return functional.cross_entropy(model.head(x).flatten(0, 1), batch["labels"].flatten())
 
     assert verify_capture(model, batch, loss=loss, loss_reduction="token_mean").passed
-    wrong = verify_capture(model, batch, loss=loss)
+    assert verify_capture(model, batch, loss=loss).passed  # the loss says it
+    wrong = verify_capture(model, batch, loss=loss, loss_reduction="mean")
     assert not wrong.passed
     assert 'a weighted mean over samples, not what loss_reduction="mean" says' in wrong.reasons[0]
     assert 'If it is a mean over tokens, say loss_reduction="token_mean"' in wrong.reasons[0]
@@ -198,7 +199,7 @@ def test_batch_norm_is_named(track: bool) -> None:
 
 
 def test_dropout_does_not_hide_a_wrong_reduction() -> None:
-    verification = check(Extra(nn.Dropout(0.5)), loss=sum_loss)
+    verification = check(Extra(nn.Dropout(0.5)), loss=sum_loss, loss_reduction="mean")
     assert_matches("cells still differ", verification.reasons[1])
     assert_matches('Say loss_reduction="sum"', verification.reasons[2])
 
@@ -326,7 +327,7 @@ def test_the_model_is_left_as_found() -> None:
 
 
 def test_the_table_has_a_row_for_each_projection_and_the_error_of_each_head() -> None:
-    verification = check(grouped(), loss=sum_loss)
+    verification = check(grouped(), loss=sum_loss, loss_reduction="mean")
     lines = str(verification).splitlines()
     assert lines[0].startswith("L0  Q layers.0.q_proj: 3e+00 3e+00 3e+00 3e+00 DIFFERS")
     assert len(lines) == 8 + 2

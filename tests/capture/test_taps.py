@@ -355,14 +355,14 @@ def test_factors_keep_their_values_when_the_model_overwrites_its_tensors() -> No
 
 def test_what_was_delivered_is_let_go_while_the_rest_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Held until the end, it doubled the memory that a captured step needs."""
-    join, seen, alive = capture_module._join, [], []
+    join, seen, alive = capture_module.join, [], []
 
     def watched(modules: dict, *rest: object) -> object:
         seen.extend(weakref.ref(delivery) for own in modules.values() for delivery in own)
         alive.append(sum(reference() is not None for reference in seen))
         return join(modules, *rest)
 
-    monkeypatch.setattr(capture_module, "_join", watched)
+    monkeypatch.setattr(capture_module, "join", watched)
     model = grouped(layers=3)
     run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS))
     assert alive == [3, 1] * 3  # layer by layer: what reads the input of Q, K and V, then O

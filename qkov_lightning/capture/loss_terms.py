@@ -1,0 +1,216 @@
+r"""How a loss joins the losses of its samples, read from its autograd graph.
+
+A training loss is a few scalar operations on reductions of many elements (tokens, samples, pixels). The graph
+knows each reduction: its input, its weights, and the numbers that its result is divided by. No forward pass is
+repeated, and nothing of the graph changes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+MAX_ELEMENTS = 2**22
+"""Elements of the largest tensor that is made to read a loss."""
+
+MAX_SELECTED = 2**26
+"""Elements of the largest tensor that something may be selected from."""
+
+MAX_NODES = 2000
+"""Nodes to visit on the way from a reduction to the model's attention layers."""
+
+LINEAR = frozenset(
+    f"{name}Backward{version}"
+    for version in range(4)
+    for name in (
+        "Add", "Sub", "Neg", "Mul", "Div", "Mean", "Sum", "NanSum", "ToCopy", "Clone", "Alias", "View", "UnsafeView",
+        "ReshapeAlias", "Squeeze", "Unsqueeze", "Expand", "Permute", "Transpose", "T", "Slice", "Select", "Index",
+        "MaskedSelect", "MaskedFill", "Where", "IndexSelect",
+    )
+)  # fmt: skip
+"""Nodes whose derivative does not depend on their input, except for factors that are themselves in the loss."""
+
+SELECTING = ("IndexBackward", "MaskedSelectBackward", "IndexSelectBackward")
+"""Nodes that take some elements out of more."""
+
+CUTTING = ("SelectBackward", "UnbindBackward", "SliceBackward", "SplitBackward", "SplitWithSizesBackward")
+"""Nodes that take a piece along one dimension."""
+
+
+@dataclass(frozen=True, eq=False)
+class LossTerm:
+    """One reduction of many elements to a number, which is part of the loss.
+
+    Attributes:
+        joined: "mean" divides by the number of elements, "weighted_mean" by the sum of their weights, "sum" by
+            nothing.
+        levels: Weights of the elements: of those that the reduction reads, then of those that these are made of,
+            in the order of the samples. Zero for padding.
+        divisors: What the result is divided by on its way to the loss, number by number.
+        selected: Nonzero where an element of the whole was selected, before the loss was taken; None if all were.
+        is_part: Whether it reads some samples only: a loop over samples, say.
+        owner: The ``tap`` of the first attention layer below, if one was found.
+    """
+
+    joined: Literal["mean", "weighted_mean", "sum"]
+    levels: tuple[Tensor, ...]
+    divisors: tuple[float, ...]
+    selected: Tensor | None
+    is_part: bool
+    owner: object
+
+
+def read_loss(loss: Tensor) -> list[LossTerm]:
+    """The reductions that a loss consists of; those in operations that are not known are left out."""
+    terms: list[LossTerm] = []
+    if loss.grad_fn is None or loss.numel() != 1:
+        return terms
+    todo: list[tuple[Any, int, tuple[float, ...]]] = [(loss.grad_fn, 0, ())]
+    for _ in range(MAX_NODES):
+        if not todo:
+            break
+        node, output, divisors = todo.pop()
+        children = [child for child, _ in node.next_functions if child is not None]
+        if hasattr(node, "_saved_reduction") and _size(node, output) == 1:
+            term = _loss_function(node, divisors)
+            terms += [] if term is None else [term]
+        elif node.name() in LINEAR:
+            gradients = _backward(node, output, torch.ones(_shape(node, output), dtype=torch.float64))
+            reduced = [
+                (child, index, gradient)
+                for (child, index), gradient in zip(node.next_functions, gradients, strict=False)
+                if child is not None and gradient is not None
+            ]
+            for child, index, gradient in reduced:
+                if _size(child, index) == 1:
+                    factor = float(gradient.sum())
+                    more = (1 / abs(factor),) if factor and not math.isclose(abs(factor), 1.0) else ()
+                    todo.append((child, index, (*divisors, *more)))
+                elif len(children) == 1 and node.name().startswith(("Mean", "Sum", "NanSum")):
+                    terms.append(_reduction(node, child, index, gradient, divisors))
+    return terms
+
+
+def _reduction(node: Any, child: Any, index: int, gradient: Tensor, divisors: tuple[float, ...]) -> LossTerm:
+    """A mean or a sum over all elements of a tensor."""
+    is_mean = node.name().startswith("Mean")
+    ones = torch.ones_like(gradient)
+    levels, last = [ones], (child, index)
+    for level, below in _down(child, index, ones):
+        levels.append(level)
+        last = below
+    joined: Literal["mean", "sum"] = "mean" if is_mean else "sum"
+    # The derivative of a loss function without a reduction is where its elements are valid.
+    mask = _valid(last[0])
+    if mask is not None and mask.numel() == levels[-1].numel():
+        levels.append(levels[-1].flatten() * mask.flatten())
+    return LossTerm(joined, tuple(levels), divisors, *_below(child, levels[0].numel()))
+
+
+def _loss_function(node: Any, divisors: tuple[float, ...]) -> LossTerm | None:
+    """A loss function that reduces by itself, such as the cross-entropy."""
+    joined: dict[int, Literal["mean", "sum"]] = {1: "mean", 2: "sum"}
+    weights = _valid(node)
+    child = node.next_functions[0][0]
+    if node._saved_reduction not in joined or child is None:
+        return None
+    if weights is not None:
+        how: Any = "weighted_mean" if node._saved_reduction == 1 else "sum"
+    else:
+        how, weights = joined[node._saved_reduction], torch.ones(_shape(child, node.next_functions[0][1]))
+    return LossTerm(how, (weights.double().cpu(),), divisors, *_below(child, weights.numel()))
+
+
+def _valid(node: Any) -> Tensor | None:
+    """Weights of the targets of a cross-entropy, 0 for those that it ignores; None for other nodes."""
+    if not node.name().startswith("NllLoss"):
+        return None
+    target, ignored = node._saved_target, node._saved_ignore_index
+    ignored -= 2**64 if ignored >= 2**63 else 0
+    valid = target != ignored
+    if node._saved_weight is None:
+        return valid.double().cpu()
+    return (node._saved_weight[target.where(valid, 0)] * valid).double().cpu()
+
+
+def _down(node: Any, output: int, weights: Tensor) -> Iterator[tuple[Tensor, tuple[Any, int]]]:
+    """Weights of the elements below, as long as they are combined linearly from one tensor."""
+    while node.name() in LINEAR:
+        gradients = _backward(node, output, weights)
+        children = [
+            (child, index, gradient)
+            for (child, index), gradient in zip(node.next_functions, gradients, strict=False)
+            if child is not None and gradient is not None and _size(child, index) > 1
+        ]
+        if len(children) != 1 or children[0][2].numel() > MAX_ELEMENTS:
+            return
+        node, output, weights = children[0]
+        yield weights, (node, output)
+
+
+def _below(node: Any, num_elements: int) -> tuple[Tensor | None, bool, object]:
+    """What was selected between a reduction and the first tap below it, whether of some samples, and that tap."""
+    selected, is_part, todo, seen = None, False, deque([node]), {node}
+    while todo and len(seen) < MAX_NODES:
+        node = todo.popleft()
+        owner = getattr(node, "tap", None)
+        if owner is not None:
+            return selected, is_part, owner
+        if selected is None and node.name().startswith(SELECTING):
+            selected = _selection(node, num_elements)
+        is_part |= node.name().startswith(CUTTING) and node._saved_dim == 0 and _is_shorter(node)
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return selected, is_part, None
+
+
+def _is_shorter(node: Any) -> bool:
+    """Whether less comes out of a node than goes into it."""
+    return _size(node, 0) < _size(*node.next_functions[0])
+
+
+def _selection(node: Any, num_elements: int) -> Tensor | None:
+    """Where the elements of a reduction, or rows of features that became them, were taken from."""
+    shape, (source, index) = _shape(node, 0), node.next_functions[0]
+    by_row = len(shape) > 1 and shape[0] == num_elements
+    if not (by_row or math.prod(shape) == num_elements) or math.prod(_shape(source, index)) > MAX_SELECTED:
+        return None
+    whole = _backward(node, 0, torch.ones(shape))[0]
+    if whole is None:
+        return None
+    return whole.flatten(whole.ndim - len(shape) + 1)[..., 0].flatten() if by_row else whole.flatten()
+
+
+def _backward(node: Any, output: int, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Derivative of a node with respect to its inputs, times a gradient of one of its outputs."""
+    metadata = node._input_metadata
+    kind = metadata[output]
+    # In float64 where the node allows it: a count of tokens must come out exactly.
+    for dtype in (torch.float64, kind.dtype):
+        gradients: list[Tensor | None] = [None] * len(metadata)
+        gradients[output] = gradient.to(kind.device, dtype).expand(kind.shape)
+        try:
+            with torch.no_grad():
+                result = node(*gradients)
+        except RuntimeError:  # another type, or a saved tensor was changed in place or freed
+            continue
+        result = result if isinstance(result, tuple) else (result,)
+        return tuple(None if one is None else one.double().cpu() for one in result)
+    return tuple(None for _ in node.next_functions)
+
+
+def _shape(node: Any, output: int) -> tuple[int, ...]:
+    metadata = node._input_metadata
+    return tuple(metadata[output].shape) if output < len(metadata) else ()
+
+
+def _size(node: Any, output: int) -> int:
+    return math.prod(_shape(node, output))
