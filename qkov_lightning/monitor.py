@@ -62,7 +62,9 @@ class InterferenceMonitor(Callback):
         token_samples_of: Like ``task_of``, for packed sequences and flattened inputs: the sample (counted
             from 0) of every token of the model's input, -1 for padding. Rows of the batch are the samples
             without it.
-        every_n_steps: Capture every n-th training batch.
+        group_of: Like ``task_of``, for the group of each sample (its document, its user): standard errors then allow
+            for samples of one group that are alike. Samples are independent without it.
+        every_n_steps: Capture one training batch of every n: the first, then one at random in each n.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
         storage: "factors" keeps exact gradients; "sampled" keeps them at 512 weights of each head, drawn once
@@ -102,6 +104,7 @@ class InterferenceMonitor(Callback):
         loss_reduction: ReductionChoice = "auto",
         num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
         token_samples_of: str | Callable[[Any], Any] = "token_samples",
+        group_of: str | Callable[[Any], Any] = "group",
         every_n_steps: int = 10,
         max_samples_per_task: int = 128,
         max_cache_gb: float = 10.0,
@@ -138,6 +141,7 @@ class InterferenceMonitor(Callback):
         self.loss_reduction: ReductionChoice = loss_reduction
         self.num_target_tokens_of = num_target_tokens_of
         self.token_samples_of = token_samples_of
+        self.group_of = group_of
         self.every_n_steps = every_n_steps
         self.max_samples_per_task = max_samples_per_task
         self.max_cache_gb = max_cache_gb
@@ -222,11 +226,19 @@ class InterferenceMonitor(Callback):
         """Hand over what was captured to be written."""
         # training_step may skip a batch: then it has no output.
         labels = None if outputs is None else partial(self._labels, batch)
-        self._recording.finish(labels, Processes.of(trainer))
+        processes = Processes.of(trainer)
+        self._recording.finish(labels, processes)
+        if self._recording.fold_is_due:
+            self._recording.fold(self._projections, self.fisher_decay, processes, pl_module.device)
 
     def _labels(self, batch: Any) -> Labels:
         return read_labels(
-            batch, self.task_of, self.sample_id_of, self.num_target_tokens_of, self.token_samples_of
+            batch,
+            self.task_of,
+            self.sample_id_of,
+            self.num_target_tokens_of,
+            self.token_samples_of,
+            self.group_of,
         )
 
     # When to measure
@@ -271,6 +283,7 @@ class InterferenceMonitor(Callback):
                     task_of=self.task_of,
                     sample_id_of=self.sample_id_of,
                     num_target_tokens_of=self.num_target_tokens_of,
+                    group_of=self.group_of,
                     projections=self._projections,
                     settings=self._settings(trainer),
                     processes=Processes.of(trainer),

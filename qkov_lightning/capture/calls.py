@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,32 @@ class Tap(torch.autograd.Function):
         (activation,) = ctx.saved_tensors
         ctx.deliver(activation, grad_outputs[0])
         return grad_outputs[0], None, None, None
+
+
+class EagerModules:
+    """Compiled modules run eagerly while at least one of these is entered: the stance of torch is the process's own."""
+
+    _entered: ClassVar[int] = 0
+    _stance: ClassVar[ExitStack] = ExitStack()
+
+    def __init__(self) -> None:
+        self._is_entered = False
+
+    def enter(self) -> None:
+        """Run them eagerly from now on."""
+        if not self._is_entered:
+            if not EagerModules._entered:
+                EagerModules._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._is_entered = True
+            EagerModules._entered += 1
+
+    def leave(self) -> None:
+        """Run them as before, unless another one is entered."""
+        if self._is_entered:
+            self._is_entered = False
+            EagerModules._entered -= 1
+            if not EagerModules._entered:
+                EagerModules._stance.close()
 
 
 def inside_backward() -> bool:

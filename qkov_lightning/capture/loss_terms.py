@@ -89,9 +89,12 @@ def read_loss(loss: Tensor) -> list[LossTerm]:
             ]
             for child, index, gradient in reduced:
                 if _size(child, index) == 1:
-                    factor = float(gradient.sum())
-                    more = (1 / abs(factor),) if factor and not math.isclose(abs(factor), 1.0) else ()
-                    todo.append((child, index, (*divisors, *more)))
+                    factor = abs(float(gradient.sum()))
+                    if factor and math.isfinite(
+                        factor
+                    ):  # else it is no part of the loss, or of none that is finite
+                        more = () if math.isclose(factor, 1.0) else (1 / factor,)
+                        todo.append((child, index, (*divisors, *more)))
                 elif len(children) == 1 and node.name().startswith(("Mean", "Sum", "NanSum")):
                     terms.append(_reduction(node, child, index, gradient, divisors))
     return terms

@@ -23,11 +23,13 @@ class Samples:
         tasks: Task of each sample.
         ids: Identifier of each sample.
         num_target_tokens: Tokens that each sample adds to a token-mean loss, if that is known.
+        groups: Group of each sample (its document, its user), if samples of one group are not independent.
     """
 
     tasks: tuple[str, ...]
     ids: tuple[str, ...]
     num_target_tokens: tuple[int, ...] | None = None
+    groups: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -45,6 +47,8 @@ class Labels:
         token_samples: Sample of every token of the model's input, -1 for none; where samples are not
             simply the rows of the batch.
         batch: The batch, which tells samples apart that have no identifier.
+        groups: Group of each sample.
+        numbered: Whether samples without an identifier are numbered, whatever the batch holds of them.
     """
 
     tasks: str | tuple[str, ...]
@@ -52,6 +56,8 @@ class Labels:
     num_target_tokens: tuple[int, ...] | None = None
     token_samples: Tensor | None = None
     batch: object = None
+    groups: tuple[str, ...] | None = None
+    numbered: bool = False
 
     @property
     def key(self) -> tuple[object, object]:
@@ -91,6 +97,7 @@ class Labels:
             ("tasks", tasks),
             ("sample ids", self.ids),
             ("target token counts", self.num_target_tokens),
+            ("groups", self.groups),
         ):
             if values is not None and len(values) != num_samples:
                 raise ValueError(
@@ -98,7 +105,7 @@ class Labels:
                     + (", or one value for the whole batch." if what == "tasks" else ".")
                 )
         ids = self.ids
-        if ids is None and self.batch is not None:
+        if ids is None and self.batch is not None and not self.numbered:
             ids = fingerprints(self.batch, num_samples, self.token_samples)
         if ids is None:
             numbered = []
@@ -106,7 +113,7 @@ class Labels:
                 numbered.append(f"#{numbering[name] * world_size + rank}")
                 numbering[name] += 1
             ids = tuple(numbered)
-        return Samples(tasks, ids, self.num_target_tokens)
+        return Samples(tasks, ids, self.num_target_tokens, self.groups)
 
 
 _current: ContextVar[Labels | None] = ContextVar("qkov_task", default=None)
@@ -119,6 +126,7 @@ def task(
     sample_ids: object = None,
     num_target_tokens: object = None,
     token_samples: Tensor | None = None,
+    groups: object = None,
 ) -> Iterator[None]:
     """Say which task the samples of a forward pass belong to, where the batch cannot say it.
 
@@ -137,11 +145,12 @@ def task(
         num_target_tokens: Target tokens of each sample, for ``loss_reduction="token_mean"``.
         token_samples: For packed sequences and flattened inputs: the sample (counted from 0) of every token
             of the input, -1 for padding, as from :func:`samples_from_positions`.
+        groups: Group of each sample (its document, its user), where samples of one group are not independent.
 
     Raises:
         ValueError: If a task is neither a string nor an int, or a token belongs to no listed sample.
     """
-    token = _current.set(label_samples(tasks, sample_ids, num_target_tokens, token_samples))
+    token = _current.set(label_samples(tasks, sample_ids, num_target_tokens, token_samples, groups=groups))
     try:
         yield
     finally:
@@ -172,6 +181,7 @@ def label_samples(
     num_target_tokens: object = None,
     token_samples: Tensor | None = None,
     batch: object = None,
+    groups: object = None,
 ) -> Labels:
     """Labels from strings, ints, sequences or tensors of them.
 
@@ -193,6 +203,7 @@ def label_samples(
         else tuple(int(value) for value in _as_sequence(num_target_tokens)),
         token_samples=token_samples,
         batch=batch,
+        groups=None if groups is None else tuple(str(value) for value in _as_sequence(groups)),
     )
 
 
@@ -202,6 +213,7 @@ def read_labels(
     sample_id_of: str | Callable[[Any], Any],
     num_target_tokens_of: str | Callable[[Any], Any],
     token_samples_of: str | Callable[[Any], Any] = "token_samples",
+    group_of: str | Callable[[Any], Any] = "group",
 ) -> Labels:
     """Labels of a batch, each from a batch key (or attribute) or from a function of the batch.
 
@@ -220,7 +232,12 @@ def read_labels(
     if token_samples is not None and not isinstance(token_samples, Tensor):
         raise ValueError(f"token_samples is a {type(token_samples).__name__}, expected a tensor of ints.")
     return label_samples(
-        tasks, _entry(batch, sample_id_of), _entry(batch, num_target_tokens_of), token_samples, batch
+        tasks,
+        _entry(batch, sample_id_of),
+        _entry(batch, num_target_tokens_of),
+        token_samples,
+        batch,
+        _entry(batch, group_of),
     )
 
 

@@ -10,13 +10,20 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qkov_lightning.capture.calls import Call, Tap, accumulator, adds_up, inside_backward, is_batched
+from qkov_lightning.capture.calls import (
+    Call,
+    EagerModules,
+    Tap,
+    accumulator,
+    adds_up,
+    inside_backward,
+    is_batched,
+)
 from qkov_lightning.capture.factors import CapturedStep, Delivery, GradientFactors, fits, inputs_of, join
 from qkov_lightning.capture.loss_terms import LossTerm, read_loss
 from qkov_lightning.capture.reductions import Joining, ReductionChoice, check_rows, joining
@@ -102,14 +109,14 @@ class GradientCapture:
         self.joined: Joining | None = None
         self._warned: set[str] = set()
         self._handles: list[Any] = []
-        self._eager = ExitStack()
+        self._eager = EagerModules()
         self._reset()
 
     def _reset(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._eager.close()
+        self._eager.leave()
         self._active = self._paused = False
         self._calls: list[Call] = []
         self._versions: dict[tuple[str, object], tuple[int, ...]] = {}
@@ -144,7 +151,7 @@ class GradientCapture:
                 self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         for name, attention in self._packed.items():
             self._handles += self._watch_packed(name, attention)
-        self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+        self._eager.enter()
         # Earlier steps leave gradients behind (accumulation, several optimisers); references would keep their
         # memory.
         for module in self._modules.values():

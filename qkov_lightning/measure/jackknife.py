@@ -8,12 +8,13 @@ it: such errors come out several times too small. Leaving samples out shows what
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qkov_lightning.capture.samples import Samples
 from qkov_lightning.heads.projections import Projection, num_heads, num_layers
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.scores import SCORES
@@ -65,7 +66,7 @@ def jackknife_replicates(
             continue
         for gradients in head_gradients_of(reader, projection):
             indices = torch.tensor([tasks.index(name) for name in gradients.tasks], device=device)
-            groups = _groups(gradients.tasks, num_groups).to(device)
+            groups = left_out_together(gradients.tasks, gradients.groups, num_groups).to(device)
             member = torch.nn.functional.one_hot(indices * num_groups + groups, len(tasks) * num_groups).T
             sums = weighted_squares(gradients, member.double()).unflatten(0, (len(tasks), num_groups))
             counts = member.sum(dim=1).view(len(tasks), num_groups).to(sums)
@@ -96,14 +97,31 @@ def jackknife_error(replicates: Float[Tensor, group * quantity]) -> Float[Tensor
     return (replicates.var(dim=0, correction=0) * (len(replicates) - 1)).sqrt()
 
 
-def _groups(names: Sequence[str], num_groups: int) -> Int[Tensor, sample]:
-    """Group of every sample: the samples of each task are dealt out in turn."""
+def num_groups_of(samples: Iterable[Samples]) -> int:
+    """How many groups the task with the fewest has; a sample without a group is one of its own."""
+    units: dict[str, set[object]] = {}
+    for some in samples:
+        for task, unit in zip(some.tasks, some.groups or some.ids, strict=True):
+            units.setdefault(task, set()).add(unit)
+    return min((len(own) for own in units.values()), default=0)
+
+
+def left_out_together(
+    tasks: Sequence[str], groups: Sequence[str | None], num_groups: int
+) -> Int[Tensor, sample]:
+    """Which samples are left out together: neighbours, of each task an equal share, and never a part of a group.
+
+    Neighbours rather than samples dealt out in turn: where the samples of a document follow one another, they
+    stay together though nobody named the document.
+    """
+    units = [place if group is None else group for place, group in enumerate(groups)]
+    sizes = Counter(task for task, _ in set(zip(tasks, units, strict=True)))
     seen: Counter[str] = Counter()
-    groups = []
-    for name in names:
-        groups.append(seen[name] % num_groups)
-        seen[name] += 1
-    return torch.tensor(groups)
+    places: dict[object, int] = {}
+    for task, unit in dict.fromkeys(zip(tasks, units, strict=True)):
+        places.setdefault(unit, seen[task] * num_groups // sizes[task])
+        seen[task] += 1
+    return torch.tensor([places[unit] for unit in units])
 
 
 def _rounded(values: Float[Tensor, "*cell"]) -> Float[Tensor, "*cell"]:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qkov_lightning.heads.projections import BLOCKS, Block, Projection, num_heads, num_layers
 from qkov_lightning.heads.weights import is_trainable
 from qkov_lightning.measure.cells import BlockInfo, Layer, Status
+from qkov_lightning.measure.folding import Folding, disk_errors
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.pairs import hottest_pairs
 from qkov_lightning.scores.fisher import EmpiricalFisher
@@ -24,7 +25,7 @@ from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.records import CacheRecord
 from qkov_lightning.store.stored import StoredGradients
-from qkov_lightning.store.streaming import CacheReader, head_gradients_of
+from qkov_lightning.store.streaming import CacheReader, HeadGradients, head_gradients_of
 
 MAX_CELLS = 20_000_000
 """Values of one score in a heatmap: 100 tasks at 28 layers x 16 heads."""
@@ -63,9 +64,12 @@ def measure_interference(
     selected = stored.cache.records()
     if not selected:
         return None
-    records = [record for record, _ in selected]
-    stored.check(records)
     masks = {record.path: mask for record, mask in selected}
+    # The Fisher also takes the steps that are beyond the budget by now.
+    beyond = [record for record in stored.cache.unfolded() if record.path not in masks]
+    masks |= {record.path: torch.zeros(len(record.samples), dtype=torch.bool) for record in beyond}
+    records = sorted([*(record for record, _ in selected), *beyond], key=lambda record: record.path.name)
+    stored.check(records)
     tasks = sorted({
         record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
     })
@@ -73,40 +77,32 @@ def measure_interference(
     device = next(model.parameters()).device
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), settings).to(device)
     own = [projection for projection in projections if processes.takes(projection.layer)]
-    failure: CacheError | None = None
+    failures: list[CacheError] = []
     reader = CacheReader(records, device)
-    try:
-        stored.fisher_directory.mkdir(parents=True, exist_ok=True)
+    with disk_errors(stored, failures):
         for projection in own:
-            path = stored.previous_fisher_path(projection)
-            previous = EmpiricalFisher.load(path, device) if path else EmpiricalFisher(settings.fisher_decay)
-            parts = []
+            folding = Folding(stored, projection, settings.fisher_decay, device)
             for gradients in head_gradients_of(reader, stored.as_kept(projection)):
-                fisher = previous.part(gradients.heads)
-                fisher.fold(gradients, gradients.tasks, gradients.steps, stored.folded_until)
-                parts.append(fisher)
+                fisher = folding.fold(gradients)
                 # A frozen block has no gradients and no rates.
                 rate = None if rates is None else rates[projection.layer, projection.block]
                 if fisher.tasks:
+                    indices = _task_indices(gradients.records, masks, tasks)
                     metric.update(
                         gradients,
-                        _task_indices(gradients.records, masks, tasks),
+                        indices,
                         fisher.pooled(),
                         layer=projection.layer,
                         block=projection.block,
                         first_head=gradients.heads.start,
                         rates=None if rate is None else stored.kept_of(rate, projection, gradients.heads),
                         weights=stored.weights(projection, gradients.heads),
+                        fisher_shares=_shares(fisher, gradients, indices),
+                        groups=_groups(gradients),
                     )
-            whole = EmpiricalFisher.joined(parts) if parts else previous
-            if whole.tasks:
-                whole.save(stored.fisher_path(projection))
+            folding.save()
             on_projection()
-    except CacheError as error:
-        failure = error
-    except OSError as error:
-        failure = CacheError(f"The Fisher cannot be written to {stored.fisher_directory}: {error}")
-    processes.agree(failure)
+    processes.agree(failures[0] if failures else None)
     result = {name: value.cpu() for name, value in metric.compute().items()}
     heatmap = InterferenceHeatmap(
         tasks=tuple(tasks),
@@ -119,8 +115,8 @@ def measure_interference(
     try:
         pairs = hottest_pairs(heatmap, own, stored, reader, masks, settings)
     except CacheError as error:
-        failure = error
-    processes.agree(failure)
+        failures.append(error)
+    processes.agree(failures[0] if failures else None)
     pairs = processes.gather(pairs)
     pairs.sort(key=lambda pair: -pair.value)
     return replace(heatmap, pairs=tuple(pairs))
@@ -149,6 +145,31 @@ def _task_indices(
         known = torch.tensor([tasks.index(name) if name in tasks else -1 for name in record.samples.tasks])
         indices.append(known.masked_fill(~masks[record.path], -1))
     return torch.cat(indices)
+
+
+def _shares(
+    fisher: EmpiricalFisher, gradients: HeadGradients, indices: Int[Tensor, sample]
+) -> Float[Tensor, sample]:
+    """Share in the Fisher of each sample that counts: its own, and those of its earlier captures."""
+    shares = fisher.shares(gradients.tasks, gradients.steps)
+    places: dict[tuple[str, str], int] = {}
+    keys = list(zip(gradients.tasks, gradients.ids, strict=True))
+    for place, (key, index) in enumerate(zip(keys, indices.tolist(), strict=True)):
+        if index >= 0:
+            places[key] = place
+    known = [place for place, key in enumerate(keys) if key in places]
+    owners = torch.tensor([places[keys[place]] for place in known], dtype=torch.int64)
+    return torch.zeros_like(shares).index_add_(0, owners, shares[known])
+
+
+def _groups(gradients: HeadGradients) -> Int[Tensor, sample]:
+    """Group of each sample, counted from 0; a sample without one is its own."""
+    keys = zip(gradients.tasks, gradients.ids, gradients.groups, strict=True)
+    numbers: dict[object, int] = {}
+    return torch.tensor([
+        numbers.setdefault((task, name) if group is None else group, len(numbers))
+        for task, name, group in keys
+    ])
 
 
 def _layers(projections: Sequence[Projection], model: nn.Module, num_samples: Tensor) -> tuple[Layer, ...]:

@@ -25,12 +25,12 @@ from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, Wei
 from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
-from qkov_lightning.capture.samples import read_labels
+from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.jackknife import jackknife_error, jackknife_replicates
+from qkov_lightning.measure.jackknife import jackknife_error, jackknife_replicates, num_groups_of
 from qkov_lightning.measure.measurement import measure_interference
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.store.cache import GradientCache
@@ -60,6 +60,7 @@ def probe_interference(
     task_of: str | Callable[[Any], Any] = "task",
     sample_id_of: str | Callable[[Any], Any] = "sample_id",
     num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
+    group_of: str | Callable[[Any], Any] = "group",
     projections: Sequence[Projection] | None = None,
     settings: ScoreSettings = ScoreSettings(),
     processes: Processes = Processes(),
@@ -78,7 +79,8 @@ def probe_interference(
         loss_reduction: How the loss joins the samples of a batch.
         task_of: Batch key, or function of the batch, that gives the task of each sample.
         sample_id_of: The same for sample identifiers.
-        num_target_tokens_of: The same for target tokens, which only "token_mean" needs.
+        num_target_tokens_of: The same for target tokens, where the loss does not show them.
+        group_of: The same for the group of each sample (its document, its user), which is left out as a whole.
         projections: Head map; found by ``find_projections`` by default.
         settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
         processes: Those that measure together, each some layers.
@@ -95,6 +97,11 @@ def probe_interference(
     modules = [model.get_submodule(name) for name in dict.fromkeys(p.module_name for p in projections)]
     weights = [p for module in modules for p in module.parameters() if p.requires_grad]
     device = next(model.parameters()).device
+
+    def labels(batch: Any) -> Labels:
+        sources = (task_of, sample_id_of, num_target_tokens_of, "token_samples", group_of)
+        return replace(read_labels(batch, *sources), numbered=True)
+
     seen: Counter[tuple[str, str]] = Counter()
     failure: CacheError | None = None
     fingerprint = hashlib.sha256()
@@ -113,9 +120,7 @@ def probe_interference(
                 capture.note_loss(value)
                 # Not `backward()`: it would add to `.grad`, and run optimisers that hang on it.
                 torch.autograd.grad(value, weights, allow_unused=True)
-                captured = capture.finish(
-                    partial(read_labels, batch, task_of, sample_id_of, num_target_tokens_of)
-                )
+                captured = capture.finish(partial(labels, batch))
                 _check_captured(captured, index, seen)
                 try:
                     cache.append(0, captured)
@@ -129,7 +134,7 @@ def probe_interference(
             if heatmap is None:
                 raise ValueError("The probe holds no batch, expected at least two samples of each task.")
             notes: dict[str, Any] = {"fisher": FISHER, "damping": settings.damping}
-            groups = min(MAX_GROUPS, *heatmap.samples_per_task.values())
+            groups = min(MAX_GROUPS, num_groups_of(record.samples for record, _ in cache.records()))
             if groups < 2:
                 return replace(heatmap, notes=notes)
             replicates = jackknife_replicates(

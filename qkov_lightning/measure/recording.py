@@ -6,6 +6,7 @@ says so.
 
 from __future__ import annotations
 
+import random
 import uuid
 import warnings
 from collections import Counter
@@ -21,6 +22,7 @@ from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.samples import Labels
 from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.projections import Projection
+from qkov_lightning.measure.folding import fold_fisher
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.measurement import Rates, measure_interference
 from qkov_lightning.scores.settings import ScoreSettings
@@ -30,6 +32,16 @@ from qkov_lightning.store.run import RunStore, Storage
 
 NOTHING_STORED = {"cache": "", "fisher_step": 0, "storage": ""}
 """What a checkpoint says of the store of a recording that has switched itself off."""
+
+
+def is_captured(batch: int, every_n_steps: int) -> bool:
+    """Whether a batch is the one that is captured of its window of ``every_n_steps`` batches.
+
+    The first batch of the run, and then one at random in each window, the same in every process and after every
+    restart: tasks that take turns would otherwise meet the same place of every window, or never.
+    """
+    window, place = divmod(batch, every_n_steps)
+    return place == (random.Random(f"window {window}").randrange(every_n_steps) if window else 0)
 
 
 class Recording:
@@ -127,8 +139,8 @@ class Recording:
         return True
 
     def start(self, every_n_steps: int) -> None:
-        """Watch the batch that begins, if it is an n-th one."""
-        if self.capture and not self._switched_off and self.num_batches % every_n_steps == 0:
+        """Watch the batch that begins, if it is the one of its window."""
+        if self.capture and not self._switched_off and is_captured(self.num_batches, every_n_steps):
             self.capture.start()
 
     def set_scale(self, scale: Callable[[], float]) -> None:
@@ -178,6 +190,32 @@ class Recording:
                 self._counters["non_finite_steps"] += dropped
 
     # From the disk to a heatmap
+
+    @property
+    def fold_is_due(self) -> bool:
+        """Whether the Fisher must take what was captured, before the budget ends for it."""
+        return self.store is not None and not self._switched_off and self.store.fold_is_due
+
+    def fold(
+        self, projections: Sequence[Projection], decay: float, processes: Processes, device: torch.device
+    ) -> None:
+        """Let the Fisher take what was captured since the last time; called by all processes.
+
+        Args:
+            projections: Whose Fisher.
+            decay: Of its moving average.
+            processes: Those of the run.
+            device: Where the arithmetic runs.
+        """
+        if not self.is_ready(processes) or self.store is None:
+            return
+        try:
+            with torch.no_grad():
+                fold_fisher(self.store.until(self.num_batches), projections, decay, processes, device)
+        except CacheError as error:
+            self.switch_off(error)
+        else:
+            self.store.note_fisher(self.num_batches, processes)
 
     def is_ready(self, processes: Processes) -> bool:
         """Whether all processes can measure, which then have written what they captured."""

@@ -111,6 +111,19 @@ class EmpiricalFisher:
                 coefficients[list(num_steps).index(task), sample] = share
         return dict(num_steps), coefficients
 
+    def shares(self, tasks: Sequence[str], steps: Sequence[int]) -> Float[Tensor, sample]:
+        """Share of each sample's square in ``pooled``, the sum over all samples ever folded being 1.
+
+        Args:
+            tasks: Task of each sample, all of them folded.
+            steps: Captured step of each sample; with all newer samples of a step and its task.
+        """
+        _, coefficients = self._coefficients(tasks, steps, min(steps, default=0))
+        known = {task: 1 - self.decay**count for task, count in self._num_steps.items()}
+        shares = coefficients.sum(dim=0)
+        total = torch.tensor([known[task] for task in tasks], dtype=torch.float64)
+        return shares / total / len(self._num_steps)
+
     def estimate(self, task: str) -> Float[Tensor, "*weight"]:
         """Bias-corrected Fisher of one task, in squared loss per squared unit of weight.
 

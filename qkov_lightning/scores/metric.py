@@ -96,6 +96,8 @@ class HeadInterference(Metric):
         first_head: int = 0,
         rates: Float[Tensor, "head weight"] | None = None,
         weights: Float[Tensor, "head replicate coordinate"] | None = None,
+        fisher_shares: Float[Tensor, sample] | None = None,
+        groups: Int[Tensor, sample] | None = None,
     ) -> None:
         """Add one projection, or some heads of it.
 
@@ -112,6 +114,11 @@ class HeadInterference(Metric):
             weights: Where only some weights of each head were kept, in independent samples one after the
                 other: how many weights each one stands for, over all samples. The sampling error is added to
                 the standard errors.
+            fisher_shares: Share of each sample's square in the Fisher, as from :meth:`EmpiricalFisher.shares`: the
+                standard errors then include that the Fisher varies with the samples. It is taken as known without
+                them.
+            groups: Group of each sample, counted from 0. Samples of one group (of one document, say) may vary
+                together; every sample is a group of its own without them.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
@@ -143,6 +150,8 @@ class HeadInterference(Metric):
             self.settings.step_size,
             each,
             replicates,
+            fisher_shares,
+            groups,
         )
         cell = (..., layer, heads, BLOCKS.index(block))
         count = statistics.count

@@ -2,18 +2,22 @@ r"""From the per-sample gradients of one slice to sums over its weights: all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qkov_lightning.scores.left_out import interference_left_out
 from qkov_lightning.scores.spans import Place, SamplesByTask, inner
 from qkov_lightning.scores.updates import STEP_SIZE, TaskSamples, UpdateDirection, UpdateDirections, damped
 
 MIN_SAMPLES = 2
 """A task with fewer samples in a slice has no score there: a variance needs two."""
+
+MAX_TASKS_IN_FISHER = 16
+"""With more tasks, what one sample moves the pooled Fisher by is too little to matter for a standard error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +26,7 @@ class Estimate:
 
     Attributes:
         value: The score.
-        variance: Its sampling variance over samples of both tasks, the Fisher taken as known.
+        variance: Its sampling variance over samples of both tasks, and over all samples that the Fisher holds.
     """
 
     value: Float[Tensor, "task_a task_b head"]
@@ -48,6 +52,9 @@ class SliceStatistics:
         slope_influence: How the mean response of each task t to the direction of a sample's own task moves
             with that sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
         curvature_influence: The same of the mean squared response.
+        left_out: :math:`\langle \bar u_a, \bar v_b \rangle` without each sample, and with the Fisher of the rest;
+            None where the Fisher is known.
+        groups: Group of each sample, counted from 0: samples of one group vary together.
         step_size: Length of the step along the update direction.
     """
 
@@ -63,6 +70,8 @@ class SliceStatistics:
     response: Float[Tensor, "sample task head"]
     slope_influence: Float[Tensor, "sample task head"]
     curvature_influence: Float[Tensor, "sample task head"]
+    left_out: Float[Tensor, "sample task_a task_b head"] | None
+    groups: Int[Tensor, sample]
     step_size: float
 
     @property
@@ -73,13 +82,6 @@ class SliceStatistics:
     def task_mean(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
         """Mean over the samples of each task."""
         return torch.tensordot(self.membership, per_sample, dims=1) / _column(self.count, per_sample.ndim)
-
-    def task_variance(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
-        """Sampling variance of ``task_mean``: the unbiased variance over samples, divided by their number."""
-        deviation = per_sample - torch.tensordot(self.membership.T, self.task_mean(per_sample), dims=1)
-        squares = torch.tensordot(self.membership, deviation.square(), dims=1)
-        count = _column(self.count, per_sample.ndim)
-        return squares / (count * (count - 1))
 
     def of_own_task(self, per_task: Float[Tensor, task * rest]) -> Float[Tensor, sample * rest]:
         """The entry of each sample's own task."""
@@ -99,24 +101,66 @@ class SliceStatistics:
         as_a: Float[Tensor, "sample task_b head"],
         as_b: Float[Tensor, "sample task_a head"],
     ) -> Estimate:
-        """Add the sampling variance, from each sample's influence on the value.
+        """A score with its sampling variance, from the influence of each sample on it.
 
         Args:
             value: The score.
             as_a: Influence of a sample as a member of its task A, on the pair with each task B.
             as_b: Influence as a member of task B, on the pair with each task A.
-
-        Returns:
-            Two-sample variance ``var(as_a) / n_a + var(as_b) / n_b``; within one task both influences
-            come from the same samples and are added before the variance is taken.
         """
-        variance = self.task_variance(as_a) + self.task_variance(as_b).transpose(0, 1)
-        within = self.task_variance(as_a + as_b).diagonal(dim1=0, dim2=1)
-        variance = variance.clone()
-        variance.diagonal(dim1=0, dim2=1).copy_(within)
+        as_a, as_b = self._centred(as_a), self._centred(as_b)
+        member = self.membership.T.unsqueeze(-1)
+        variances = [
+            self._variance(member[:, a, None] * as_a + member * as_b[:, a, None])
+            for a in range(len(self.count))
+        ]
+        return self._estimate(value, variances)
+
+    def left_out_estimate(
+        self,
+        value: Float[Tensor, "task_a task_b head"],
+        left_out: Float[Tensor, "sample task_a task_b head"],
+    ) -> Estimate:
+        """A score with its sampling variance, from its values without each sample (Tukey 1958)."""
+        count = self.of_own_task(self.count)[:, None, None]
+        return self._estimate(
+            value, [self._variance(-(count - 1) * self._centred(left_out[:, a])) for a in range(len(value))]
+        )
+
+    def _estimate(
+        self,
+        value: Float[Tensor, "task_a task_b head"],
+        variances: Sequence[Float[Tensor, "task_b head"]],
+    ) -> Estimate:
+        variance = torch.stack(list(variances))
         no_data = self.count < MIN_SAMPLES
         no_data = (no_data[:, None] | no_data[None, :]).unsqueeze(-1)
         return Estimate(value.masked_fill(no_data, torch.nan), variance.masked_fill(no_data, torch.nan))
+
+    def _variance(self, influence: Float[Tensor, "sample task head"]) -> Float[Tensor, "task head"]:
+        r"""Sampling variance of a score, from what each sample moves it by.
+
+        .. math:: \sum_g \Big( \sum_{i \in g} c_i \, \psi_i \Big)^2
+
+        with :math:`\psi_i` of mean zero over the task of sample i, summed over each group g of samples (Liang & Zeger
+        1986), and :math:`c_i^2 = n / (n - 1)` with the n groups of its task. Every sample is a group of its own where
+        none are given.
+        """
+        grouped = influence.new_zeros(int(self.groups.max()) + 1, *influence.shape[1:])
+        grouped.index_add_(0, self.groups, influence * self._correction())
+        return grouped.square().sum(dim=0)
+
+    def _centred(self, influence: Float[Tensor, "sample task head"]) -> Float[Tensor, "sample task head"]:
+        """Influence on a mean over a task: less its own mean, and divided by the number of samples."""
+        count = self.of_own_task(self.count)[:, None, None]
+        return (influence - self.of_own_task(self.task_mean(influence))) / count
+
+    def _correction(self) -> Float[Tensor, "sample 1 1"]:
+        """Of the degree of freedom that the mean of each task takes."""
+        seen = torch.zeros(len(self.count), int(self.groups.max()) + 1).to(self.membership)
+        seen.scatter_add_(1, self.groups.expand(len(self.count), -1), self.membership)
+        number = (seen > 0).sum(dim=1).to(self.membership)
+        return _column(self.of_own_task((number / (number - 1).clamp(min=1)).sqrt()), 3)
 
 
 def _column(values: Tensor, ndim: int) -> Tensor:
@@ -133,6 +177,8 @@ def slice_statistics(
     step_size: float = STEP_SIZE,
     weights: Float[Tensor, "head weight"] | None = None,
     num_replicates: int = 1,
+    fisher_shares: Float[Tensor, sample] | None = None,
+    groups: Int[Tensor, sample] | None = None,
 ) -> SliceStatistics:
     """Reduce per-sample gradients to sums over weights, in time and memory linear in the samples.
 
@@ -152,6 +198,9 @@ def slice_statistics(
         weights: How many weights of the slice each one stands for, where only some were kept.
         num_replicates: Independent samples of the weights of each head, which stand side by side as if they
             were heads.
+        fisher_shares: Share of each sample's square in the Fisher, which varies with the samples; a Fisher without
+            them is known.
+        groups: Group of each sample, counted from 0; every sample is one of its own without them.
 
     Returns:
         The statistics of the samples that belong to a task.
@@ -174,6 +223,7 @@ def slice_statistics(
             rule, sums.gradient[at], sums.square[at], count, own_epsilon, damping, each[at]
         )
 
+    shares = None if num_tasks > MAX_TASKS_IN_FISHER else fisher_shares
     products = _inner_products(samples, sums, each, inverse, slice_square, directions)
     response = _mean_over_replicates(products["response"], num_replicates).to(fisher)
     return SliceStatistics(
@@ -181,6 +231,19 @@ def slice_statistics(
         squared_norm=sums.squared_norm,
         **products,
         curvature_influence=_curvature_influence(samples, response, count, slice_square, directions),
+        left_out=None
+        if shares is None
+        else interference_left_out(
+            samples,
+            sums.square,
+            sums.absolute,
+            slice_square,
+            fisher,
+            samples.of(shares).to(fisher),
+            each,
+            damping,
+        ),
+        groups=samples.of(torch.arange(len(task_indices)) if groups is None else groups),
         step_size=step_size,
     )
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from qkov_lightning.scores.reduction import Estimate, SliceStatistics, slice_statistics
@@ -40,7 +40,10 @@ def interference(s: SliceStatistics) -> Estimate:
     least 0.
     """
     sensitivity, push = s.without_self(s.sensitivity), s.without_self(s.push)
-    return s.pair_estimate(s.task_mean(sensitivity), as_a=sensitivity, as_b=push)
+    value = s.task_mean(sensitivity)
+    if s.left_out is not None:
+        return s.left_out_estimate(value, s.left_out)
+    return s.pair_estimate(value, as_a=sensitivity, as_b=push)
 
 
 def relative(s: SliceStatistics) -> Estimate:
@@ -54,6 +57,10 @@ def relative(s: SliceStatistics) -> Estimate:
     sensitivity, push = s.without_self(s.sensitivity), s.without_self(s.push)
     norm = s.task_mean(s.absolute_norm)
     value = s.task_mean(sensitivity) / norm
+    if s.left_out is not None:
+        count, own = s.count[:, None], s.membership.T[:, :, None]
+        norm_left = (count * norm - own * s.absolute_norm[:, None]) / (count - own)
+        return s.left_out_estimate(value, s.left_out / norm_left[:, None])
     own_value = s.of_own_task(value.transpose(0, 1))  # of the pair (a, own task)
     as_b = (push - own_value * s.absolute_norm[:, None]) / s.of_own_task(norm)[:, None]
     return s.pair_estimate(value, as_a=sensitivity / norm, as_b=as_b)
@@ -222,6 +229,8 @@ def head_interference(
     damping: float = 1e-3,
     update: UpdateDirection | Float[Tensor, "head weight"] = "adam",
     step_size: float = STEP_SIZE,
+    fisher_shares: Float[Tensor, sample] | None = None,
+    groups: Int[Tensor, sample] | None = None,
 ) -> dict[tuple[str, str], dict[str, Float[Tensor, head]]]:
     """All scores of one projection's heads, for every ordered pair of tasks.
 
@@ -235,6 +244,9 @@ def head_interference(
         update: Direction in which a task updates the weights, see
             :func:`~qkov_lightning.scores.updates.update_rate`.
         step_size: Length of the step along it: the learning rate times the number of steps.
+        fisher_shares: Share of each sample's square in the Fisher, as from :meth:`EmpiricalFisher.shares`, which
+            standard errors then allow for; the Fisher is taken as known without them.
+        groups: Group of each sample, counted from 0, if samples of one group are not independent.
 
     Returns:
         For each (task_a, task_b): the scores by name, and beside each ``<score>_standard_error``. NaN
@@ -253,7 +265,17 @@ def head_interference(
     check_inputs(gradients, tasks, damping)
     names = sorted(set(tasks))
     indices = torch.tensor([names.index(task) for task in tasks], device=gradients.device)
-    statistics = slice_statistics([gradients], indices, len(names), fisher, damping, update, step_size)
+    statistics = slice_statistics(
+        [gradients],
+        indices,
+        len(names),
+        fisher,
+        damping,
+        update,
+        step_size,
+        fisher_shares=fisher_shares,
+        groups=groups,
+    )
     result: dict[tuple[str, str], dict[str, Tensor]] = {(a, b): {} for a in names for b in names}
     for score in SCORES.values():
         estimate = score.function(statistics)

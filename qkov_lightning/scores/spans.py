@@ -69,6 +69,10 @@ class SamplesByTask:
             (t, slice(end - n, end)) for t, (n, end) in enumerate(zip(counts, ends, strict=True)) if n
         ]
 
+    def of(self, per_sample: Tensor) -> Tensor:
+        """Values of the samples, in the order of their tasks."""
+        return per_sample.to(self._order.device)[self._order]
+
     def zeros(self, *size: int) -> Float[Tensor, kept * size]:
         """A sum for each sample, in float64."""
         return torch.zeros(len(self._order), *size, dtype=torch.float64, device=self._order.device)

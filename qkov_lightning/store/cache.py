@@ -46,7 +46,8 @@ class GradientCache:
         self._rank, self._world_size = rank, world_size
         self._max_samples_per_task = max_samples_per_task
         self._window_bytes = max_bytes // world_size // 2
-        self._checkpoint_steps: list[int] = []
+        self._checkpoints: list[tuple[int, int]] = []
+        self._unfolded_from: int | None = None
         self._unreadable: set[Path] = set()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -72,6 +73,16 @@ class GradientCache:
             self._own.append(write_record(path, one, step, self._rank, self._window_bytes))
         self._evict()
 
+    def keep_from(self, step: int) -> None:
+        """Keep all records of ``step`` and later, beyond the budget too: the Fisher does not hold them yet."""
+        self._unfolded_from = step
+
+    def unfolded(self) -> list[CacheRecord]:
+        """Records that the Fisher does not hold yet, of all processes, oldest first."""
+        return (
+            [] if self._unfolded_from is None else [r for r in self._scan() if r.step >= self._unfolded_from]
+        )
+
     def records(self) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
         """Readable records of all processes, oldest first, with a mask of the samples within the budget."""
         by_rank: dict[int, list[CacheRecord]] = {}
@@ -87,7 +98,8 @@ class GradientCache:
 
         Two, because the newest may still be on its way to disk.
         """
-        self._checkpoint_steps = [*(s for s in self._checkpoint_steps if s != step), step][-2:]
+        unfolded = step if self._unfolded_from is None else self._unfolded_from
+        self._checkpoints = [*(one for one in self._checkpoints if one[0] != step), (step, unfolded)][-2:]
         self._evict()
 
     def restart_at(self, step: int) -> None:
@@ -96,7 +108,7 @@ class GradientCache:
             if record.step >= step:
                 _remove(record)
         self._own = [record for record in self._own if record.step < step]
-        self._checkpoint_steps = [step]
+        self._checkpoints = [(step, step if self._unfolded_from is None else self._unfolded_from)]
 
     def adopt(self, other: str | Path, before: int) -> None:
         """Take over this process' records up to a step from the directory of an earlier run, by hard link.
@@ -139,14 +151,27 @@ class GradientCache:
             self._own = [record for record in self._own if record.path in paths]
 
     def _within_bytes(self, records: Sequence[CacheRecord]) -> list[CacheRecord]:
-        """The newest records of one process that fit into its window."""
+        """The newest records of one process that fit into its window, those of a task with few samples first."""
+        left = sorted(records, key=lambda record: record.path.name)
+        if sum(record.num_bytes for record in left) <= self._window_bytes:
+            return left
+        counts = Counter(dict.fromkeys((task for record in left for task in record.samples.tasks), 0))
         kept, total = [], 0
-        for record in sorted(records, key=lambda record: record.path.name, reverse=True):
+        while left:
+            rarest = min(counts.values())
+            wanted = {task for task, count in counts.items() if count == rarest}
+            record = next((one for one in reversed(left) if not wanted.isdisjoint(one.samples.tasks)), None)
+            if record is None:  # all that there is of these tasks
+                for task in wanted:
+                    del counts[task]
+                continue
             total += record.num_bytes
             if total > self._window_bytes:
                 break
+            left.remove(record)
             kept.append(record)
-        return kept[::-1]
+            counts.update(task for task in record.samples.tasks if task in counts)
+        return sorted(kept, key=lambda record: record.path.name)
 
     def _newest(self, records: Sequence[CacheRecord]) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
         """Records that hold some of the newest samples of a task, each sample counted once."""
@@ -166,9 +191,12 @@ class GradientCache:
         return selected[::-1]
 
     def _evict(self) -> None:
+        now = max((record.step for record in self._own), default=0) + 1
+        folded = now if self._unfolded_from is None else self._unfolded_from
         needed: set[Path] = set()
-        for until in (None, *self._checkpoint_steps):
-            records = [record for record in self._own if until is None or record.step < until]
+        for until, unfolded_from in ((now, folded), *self._checkpoints):
+            records = [record for record in self._own if record.step < until]
+            needed |= {record.path for record in records if record.step >= unfolded_from}
             needed |= {record.path for record, _ in self._newest(self._within_bytes(records))}
         for record in self._own:
             if record.path not in needed:

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -177,6 +178,7 @@ def _finished(
     header: dict[str, object] = {
         "tasks": step.samples.tasks,
         "ids": step.samples.ids,
+        "groups": step.samples.groups,
         "scales": step.scales.tolist(),
         "modules": modules,
         "crc32": {key: _checksum(tensor) for key, tensor in tensors.items()},
@@ -248,6 +250,12 @@ def _dense_bytes(factors: Sequence[GradientFactors]) -> int:
     return num_samples * weights * item
 
 
+def _samples(header: Mapping[str, Any]) -> Samples:
+    tasks, ids = (tuple(map(str, header[key])) for key in ("tasks", "ids"))
+    groups = header.get("groups")
+    return Samples(tasks, ids, groups=None if groups is None else tuple(map(str, groups)))
+
+
 def open_record(path: Path) -> CacheRecord:
     """Read the header of a record.
 
@@ -263,14 +271,15 @@ def open_record(path: Path) -> CacheRecord:
             path=path,
             step=int(header["step"]),
             rank=int(header["rank"]),
-            samples=Samples(tuple(map(str, header["tasks"])), tuple(map(str, header["ids"]))),
+            samples=_samples(header),
             scales=torch.tensor(header["scales"], dtype=torch.float64),
             modules=header["modules"],
             checksums=header["crc32"],
             fingerprint=header.get("coordinates"),
             num_bytes=path.stat().st_size,
         )
-        if not len(record.samples.tasks) == len(record.samples.ids) == len(record.scales) > 0:
+        groups = record.samples.ids if record.samples.groups is None else record.samples.groups
+        if not len(record.samples.tasks) == len(record.samples.ids) == len(groups) == len(record.scales) > 0:
             raise CacheError(
                 f"Cache file {path} is not a whole record: expected one task, identifier and scale per sample."
             )

@@ -67,6 +67,8 @@ class RunStore:
         self.coordinates: Coordinates | None = None
         self.chosen = ""
         self.fisher_step = 0
+        self.cache.keep_from(0)
+        self._fold_every, self._since_fold = 1, 0  # captured steps
         self._checkpointed = [(0, 0)]  # batches and Fisher of the last two checkpoints
         self._num_unusable = 0  # steps seen before the choice that have no finite gradient
         self._marker = directory / "shared"
@@ -104,8 +106,14 @@ class RunStore:
         """
         if not self.chosen:
             captured = self._choose(captured, processes)
+        self._since_fold += 1
         if self._writer and captured:
             self._writer.submit(step, captured)
+
+    @property
+    def fold_is_due(self) -> bool:
+        """Whether the budget ends soon for steps that the Fisher does not hold: in all processes or in none."""
+        return bool(self.chosen) and self._since_fold >= self._fold_every
 
     def drain(self) -> tuple[int, int]:
         """Wait for what is on its way to the cache.
@@ -137,15 +145,16 @@ class RunStore:
         Raises:
             CacheError: If the drawn weights cannot be written.
         """
-        if self._storage == "factors":
-            self.chosen = "factors"
-            return captured
         usable = bool(captured) and all(one.is_finite for one in captured)
         everyone = processes.gather([StepSize.of(captured)] if usable else [])
         if not processes.from_first(usable):
             self._num_unusable += bool(captured)
             return []
-        chosen = "sampled" if self._storage == "sampled" else self._smaller(StepSize.total(everyone))
+        size = StepSize.total(everyone)
+        chosen = self._smaller(size) if self._storage == "auto" else self._storage
+        self._fold_every = max(1, self._max_samples_per_task // max(1, size.num_samples))
+        if chosen == "factors":
+            self._fold_every = max(1, min(self._fold_every, self._max_bytes // 2 // max(1, size.num_bytes)))
         if chosen == "sampled":
             path, failure = self._coordinates_path(), ""
             if processes.is_first:
@@ -163,12 +172,13 @@ class RunStore:
     def _smaller(self, size: StepSize) -> str:
         """What fits into the budget, said aloud."""
         budget = self._max_bytes // 2  # the other half is for what checkpoints need
-        needed = size.bytes_per_sample * self._max_samples_per_task * len(size.tasks)
+        num_tasks = max(2, len(size.tasks))  # batches may hold one task each
+        needed = size.bytes_per_sample * self._max_samples_per_task * num_tasks
         smaller = sampled_bytes(self._projections) < size.bytes_per_sample
         chosen, how = ("sampled", "sampled") if needed > budget and smaller else ("factors", "exact")
         rank_zero_info(
             f"InterferenceMonitor: {how} storage; exact gradients take {needed / 2**30:.3g} GiB for "
-            f"{self._max_samples_per_task} samples of {len(size.tasks)} tasks, and max_cache_gb={self._max_bytes / 2**30:g} "
+            f"{self._max_samples_per_task} samples of {num_tasks} tasks, and max_cache_gb={self._max_bytes / 2**30:g} "
             f"leaves {budget / 2**30:.3g} GiB for them."
         )
         return chosen
@@ -204,7 +214,8 @@ class RunStore:
 
     def note_fisher(self, step: int, processes: Processes) -> None:
         """Go on from the Fisher of ``step``, and remove those that no restart needs."""
-        self.fisher_step = step
+        self.fisher_step, self._since_fold = step, 0
+        self.cache.keep_from(step)
         if processes.is_first:
             steps = {step, *(fisher_step for _, fisher_step in self._checkpointed)}
             needed = {self.fisher_directory(step) for step in steps}
@@ -224,7 +235,13 @@ class RunStore:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says of the store."""
-        return {"cache": str(self.cache.directory), "fisher_step": self.fisher_step, "storage": self.chosen}
+        return {
+            "cache": str(self.cache.directory),
+            "fisher_step": self.fisher_step,
+            "storage": self.chosen,
+            "fold_every": self._fold_every,
+            "since_fold": self._since_fold,
+        }
 
     def resume(self, state: Mapping[str, Any], step: int, processes: Processes) -> None:
         """Take over what the run of a checkpoint stored.
@@ -249,6 +266,8 @@ class RunStore:
             )
         new = self.cache.directory
         self.fisher_step = int(state["fisher_step"])
+        self._fold_every, self._since_fold = int(state.get("fold_every", 1)), int(state.get("since_fold", 0))
+        self.cache.keep_from(self.fisher_step)
         # No name if the monitor had switched itself off by then.
         old = Path(state["cache"]) if state["cache"] else None
         moved = old is not None and old != new

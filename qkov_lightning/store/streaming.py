@@ -158,6 +158,20 @@ class HeadGradients:
         return [name for record in self.records for name in record.samples.tasks]
 
     @property
+    def ids(self) -> list[str]:
+        """Identifier of every sample."""
+        return [name for record in self.records for name in record.samples.ids]
+
+    @property
+    def groups(self) -> list[str | None]:
+        """Group of every sample; None where none was given."""
+        return [
+            group
+            for record in self.records
+            for group in record.samples.groups or (None,) * len(record.samples)
+        ]
+
+    @property
     def steps(self) -> list[int]:
         """Captured step of every sample."""
         return [record.step for record in self.records for _ in record.samples.tasks]

@@ -66,7 +66,9 @@ def expected_scores(
         for step in steps:
             fisher.update(heads[start : start + len(step)], names[start : start + len(step)])
             start += len(step)
-        for pair, values in head_interference(heads, names, fisher.pooled(), update="sgd").items():
+        shares = fisher.shares(names, [place for place, step in enumerate(steps) for _ in step])
+        result = head_interference(heads, names, fisher.pooled(), update="sgd", fisher_shares=shares)
+        for pair, values in result.items():
             scores[(projection.layer, projection.block, *pair)] = values
     return scores
 

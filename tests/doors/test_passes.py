@@ -197,6 +197,18 @@ def run_once(model: nn.Module, capture: GradientCapture) -> None:
     assert capture.finish()
 
 
+def test_two_captures_that_overlap_leave_compiled_modules_compiled() -> None:
+    """The one that began first ends first, as two monitors of one trainer do."""
+    model = grouped()
+    first, second = (GradientCapture(model, find_projections(model)) for _ in range(2))
+    first.start()
+    second.start()
+    first.discard()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.discard()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 def test_a_shallow_copy_shares_hooks_and_delivers_nothing() -> None:
     model = grouped(layers=1)
     twin = copy.copy(model.layers[0].q_proj)

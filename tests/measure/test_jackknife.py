@@ -38,7 +38,7 @@ def test_errors_are_those_of_scores_taken_without_each_group_and_with_the_fisher
 ) -> None:
     cache, gradients = filled_cache(tmp_path)
     replicates = jackknife_replicates(cache, [PROJECTION], ["code", "math"], num_groups=3)
-    numbers = [TASKS[:i].count(task) % 3 for i, task in enumerate(TASKS)]
+    numbers = [TASKS[:i].count(task) * 3 // TASKS.count(task) for i, task in enumerate(TASKS)]
     for score in SCORES:
         left_out = []
         for group in range(3):
