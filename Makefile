@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint docs bench calibration validity freezing clean
+.PHONY: help demo test test-lowest lint docs bench calibration validity freezing clean
 
 help:  ## List the commands.
 	@sed -n 's/^\([a-z][a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -35,6 +35,18 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 bench: $(VENV)/.installed-bench  ## Measure speed, memory and bytes, and print the table of the README.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/benchmarks
 
+LOWEST := .venv-lowest
+PYTHON_LOWEST ?= python3.10
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON_LOWEST) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt torch
+	$(LOWEST)/bin/pip install --quiet --constraint constraints-lowest.txt --editable ".[dev]"
+	touch $@
+
+test-lowest: $(LOWEST)/.installed  ## Run the test suite with the lowest versions that are promised.
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+
 lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of imports.
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -54,4 +66,4 @@ freezing: $(VENV)/.installed-dev  ## Train on one task, then on another with the
 	$(BIN)/python tests/benchmarks/freezing.py
 
 clean:  ## Remove what the other commands made.
-	rm -rf $(VENV) runs docs/_build
+	rm -rf $(VENV) $(LOWEST) runs docs/_build

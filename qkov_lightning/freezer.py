@@ -135,6 +135,9 @@ class HeadFreezer(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights, and stand around every optimiser's step."""
+        if self.monitor is not None and trainer.global_step == 0:
+            self.cells = ()  # those of an earlier training
+            self._slices, self.num_frozen = [], 0
         if self.cells:
             self._find_slices(pl_module)
         for optimizer in trainer.optimizers:

@@ -19,7 +19,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from qkov_lightning.capture.reductions import ReductionChoice
-from qkov_lightning.capture.samples import Labels, read_labels
+from qkov_lightning.capture.samples import Labels, read_labels, tasks_at_hand
 from qkov_lightning.capture.strategies import check_strategy
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
@@ -35,7 +35,9 @@ from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.run import Storage
 from qkov_lightning.views.loggers import pictures, scalars, send, write_files
+from qkov_lightning.views.results import Results, is_remote, results_folder
 from qkov_lightning.views.terminal import epoch_table, print_beside_bar, progress_task
+from qkov_lightning.views.watched import stand_in
 
 
 class InterferenceMonitor(Callback):
@@ -133,6 +135,7 @@ class InterferenceMonitor(Callback):
             ("storage", storage, probe is None or storage != "sampled", "auto or factors: a probe measures exact gradients"),
             ("update_direction", update_direction, update_direction in directions, "auto, adam, sgd or state"),
             ("update_direction", update_direction, probe is None or update_direction != "state", "auto, adam or sgd with a probe"),
+            ("cache_dir", cache_dir, cache_dir is None or not is_remote(cache_dir), "a local folder: files are renamed and mapped"),
             *number_rules(damping, step_size, fisher_decay, num_hot_cells),
             ("figures", list(figures), not unknown, f"a list of some of {', '.join(SCORES)}"),
         )  # fmt: skip
@@ -146,7 +149,7 @@ class InterferenceMonitor(Callback):
         self.max_samples_per_task = max_samples_per_task
         self.max_cache_gb = max_cache_gb
         self.storage: Storage = storage
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
+        self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.fisher_decay = fisher_decay
         self.damping = damping
         self.update_direction: Literal["auto", "adam", "sgd", "state"] = update_direction
@@ -160,9 +163,10 @@ class InterferenceMonitor(Callback):
         self.heatmap: InterferenceHeatmap | None = None
         self._recording = Recording(storage, max_samples_per_task, int(max_cache_gb * 2**30))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
-        self._results: Path | None = None
+        self._results: Results | None = None
         self._restored: dict[str, Any] | None = None
         self._failed_loggers: set[int] = set()
+        self._seen: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -189,14 +193,18 @@ class InterferenceMonitor(Callback):
         called_again = state is None and trainer.global_step > 0
         if called_again and self._recording.reopen(self._projections):
             return
-        self._results = Path(processes.from_first(str(self._results_directory(trainer))))
-        self._recording.open(self.cache_dir or self._results / "cache", self._projections, processes, state)
+        # Whatever an earlier training left.
+        self.heatmap, self._failed_loggers, self._seen = None, set(), set()
+        self._results = Results(processes.from_first(self._results_folder(trainer)))
+        self._recording.open(self._cache_folder(self._results), self._projections, processes, state)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watch every n-th batch."""
-        self._recording.start(self.every_n_steps)
+        """Watch one batch of every n."""
+        # Stochastic weight averaging passes over the data once more to count its batch norms, without learning.
+        if not trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
+            self._recording.start(self.every_n_steps)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Note how the loss is made of its samples, and what it was multiplied with."""
@@ -228,6 +236,7 @@ class InterferenceMonitor(Callback):
         labels = None if outputs is None else partial(self._labels, batch)
         processes = Processes.of(trainer)
         self._recording.finish(labels, processes)
+        self._seen |= tasks_at_hand(batch, self.task_of)
         if self._recording.fold_is_due:
             self._recording.fold(self._projections, self.fisher_decay, processes, pl_module.device)
 
@@ -247,16 +256,26 @@ class InterferenceMonitor(Callback):
         """Measure, except in the sanity check and outside of ``fit``."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._measure(trainer, pl_module)
+            stand_in(trainer, self.name)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure where there is no validation."""
         if not trainer.enable_validation:
             self._measure(trainer, pl_module)
+            stand_in(trainer, self.name)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure what came after the last validation, and say so where nothing could be measured."""
+        if self._recording.has_news:
+            self._measure(trainer, pl_module, at_the_end=True)
+        if self.heatmap is None:
+            self._recording.explain_nothing()
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, at_the_end: bool = False) -> None:
         processes = Processes.of(trainer)
         if not self._recording.is_ready(processes):
             return
+        self._recording.has_news = False
         if self.probe is not None:
             heatmap = self._measure_probe(trainer, pl_module, self.probe)
         else:
@@ -268,7 +287,19 @@ class InterferenceMonitor(Callback):
                 )
         if heatmap is not None:
             self.heatmap = replace(heatmap, step=trainer.global_step, epoch=trainer.current_epoch)
-            self._publish(trainer, pl_module, self.heatmap)
+            self._publish(trainer, pl_module, self.heatmap, at_the_end)
+            if self.probe is None:
+                self._tell_of_missing(self.heatmap)
+
+    def _tell_of_missing(self, heatmap: InterferenceHeatmap) -> None:
+        missing = self._seen - set(heatmap.tasks)
+        if missing:
+            warnings.warn(
+                f"{', '.join(map(repr, sorted(missing)))}: in the training batches, but not in the heatmap. One batch of every "
+                f"{self.every_n_steps} is captured, and none of them held such a sample yet. Lower `every_n_steps`.",
+                stacklevel=2,
+            )
+            self._seen -= missing
 
     def _measure_probe(
         self, trainer: Trainer, pl_module: LightningModule, probe: str | Probe
@@ -313,29 +344,37 @@ class InterferenceMonitor(Callback):
 
     # Where it shows
 
-    def _publish(self, trainer: Trainer, pl_module: LightningModule, heatmap: InterferenceHeatmap) -> None:
+    def _publish(
+        self, trainer: Trainer, pl_module: LightningModule, heatmap: InterferenceHeatmap, at_the_end: bool
+    ) -> None:
         values = {
             f"{self.name}/{key}": value for key, value in scalars(heatmap).items() if math.isfinite(value)
         }
-        pl_module.log_dict(
-            values, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1
-        )
+        if not at_the_end:
+            pl_module.log_dict(
+                values, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1
+            )
         if not trainer.is_global_zero or self._results is None:
             return
         images = pictures(heatmap, self.figures)
         try:
-            write_files(heatmap, images, self._results)
-        except OSError as error:
+            self._results.write(partial(write_files, heatmap, images))
+        except (OSError, ValueError, ImportError) as error:
             warnings.warn(f"The interference heatmap could not be written: {error}", stacklevel=2)
         # The step that Lightning gives to validation metrics, so that figures stand beside them.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if at_the_end:  # Lightning takes no scalars any more
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
         send(trainer.loggers, heatmap, images, step, self._failed_loggers)
         print_beside_bar(trainer.progress_bar_callback, epoch_table(heatmap))
 
     @property
-    def results(self) -> Path | None:
-        """Folder of ``latest.json``, ``snapshots/`` and ``figures/``, once training has started."""
-        return self._results
+    def results(self) -> Path | str | None:
+        """Folder of ``latest.json``, ``snapshots/`` and ``figures/``, once training has started; an URL if it is remote."""
+        if self._results is None:
+            return None
+        return self._results.folder if self._results.is_remote else Path(self._results.folder)
 
     # What outlives a run
 
@@ -353,21 +392,40 @@ class InterferenceMonitor(Callback):
         """Keep what a restart from this checkpoint needs."""
         self._recording.note_checkpoint()
 
-    def _results_directory(self, trainer: Trainer) -> Path:
+    def _results_folder(self, trainer: Trainer) -> str:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._temporary = tempfile.TemporaryDirectory(prefix="qkov-")
-            return Path(self._temporary.name)
-        if not trainer.loggers:
-            return Path(trainer.default_root_dir) / self.name
-        logger = trainer.loggers[0]
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / self.name
+            return self._temporary.name
+        return results_folder(trainer, self.name)
+
+    def _cache_folder(self, results: Results) -> Path:
+        """Where the cache goes.
+
+        Raises:
+            ValueError: If the results are remote, and nobody says where.
+        """
+        if self.cache_dir is None and results.is_remote:
+            raise ValueError(
+                f"The results go to {results.folder}, where no cache can be: its files are renamed and mapped into memory. "
+                "Pass `cache_dir=<a local folder>`."
+            )
+        return self.cache_dir or Path(results.folder) / "cache"
 
     # When it ends
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the model as it was found."""
-        self._clean_up()
+        """Leave the model as it was found; after Ctrl-C, measure what was captured first."""
+        try:
+            if (
+                isinstance(exception, KeyboardInterrupt)
+                and trainer.world_size == 1
+                and self._results is not None
+            ):
+                self._recording.discard()
+                if self._recording.has_news:
+                    self._measure(trainer, pl_module, at_the_end=True)
+        finally:
+            self._clean_up()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the model as it was found."""

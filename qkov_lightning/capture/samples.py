@@ -241,6 +241,15 @@ def read_labels(
     )
 
 
+def tasks_at_hand(batch: object, task_of: str | Callable[[Any], Any]) -> frozenset[str]:
+    """Tasks of a batch that is not captured, where it costs nothing to look: no function to call, no device to wait for."""
+    found = None if callable(task_of) else _entry(batch, task_of)
+    if found is None or (isinstance(found, Tensor) and found.device.type != "cpu"):
+        return frozenset()
+    listed = _as_list(found)
+    return frozenset(str(name) for name in (listed if isinstance(listed, list) else [listed]))
+
+
 def _entry(batch: object, source: str | Callable[[Any], Any]) -> object:
     if callable(source):
         return source(batch)

@@ -43,6 +43,7 @@ def register_architecture(class_name: str, recogniser: Recogniser) -> None:
     Example:
         An attention with a fused projection that interleaves key, query and value inside each head:
 
+        >>> from qkov_lightning import contiguous_heads
         >>> class MyAttention(torch.nn.Module):
         ...     def __init__(self, width=32, heads=4):
         ...         super().__init__()

@@ -71,7 +71,7 @@ def decode(text: str) -> dict[str, Any]:
             "the version that wrote it."
         )
     try:
-        return {
+        fields = {
             "tasks": tuple(data["tasks"]),
             "layers": tuple(
                 Layer(entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()})
@@ -90,6 +90,30 @@ def decode(text: str) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
+    _check_shapes(fields)
+    return fields
+
+
+def _check_shapes(fields: Mapping[str, Any]) -> None:
+    """Refuse a file whose numbers do not belong together.
+
+    Raises:
+        HeatmapError: If a tensor has another shape than tasks and layers say.
+    """
+    num_tasks, num_layers = len(fields["tasks"]), len(fields["layers"])
+    found = tuple(fields["num_samples"].shape)
+    if len(found) != 4 or found[:2] != (num_tasks, num_layers):
+        raise HeatmapError(
+            f"num_samples has the shape {found}, expected {num_tasks} tasks, {num_layers} layers, heads and blocks."
+        )
+    expected = (num_tasks, num_tasks, *found[1:])
+    for what in ("scores", "standard_errors", "replicates"):
+        for name, values in fields[what].items():
+            if tuple(values.shape[1:] if what == "replicates" else values.shape) != expected:
+                raise HeatmapError(
+                    f"{what} of {name!r} have the shape {tuple(values.shape)}, expected {expected} for {num_tasks} tasks "
+                    f"and {num_layers} layers."
+                )
 
 
 def _to_nested(values: Tensor) -> Any:

@@ -202,28 +202,4 @@ class InterferenceHeatmap:
         Raises:
             HeatmapError: If the text is no heatmap, or one of another schema.
         """
-        heatmap = cls(**decode(text))
-        heatmap._check_shapes()
-        return heatmap
-
-    def _check_shapes(self) -> None:
-        """Refuse a file whose numbers do not belong together.
-
-        Raises:
-            HeatmapError: If a tensor has another shape than tasks and layers say.
-        """
-        tasks, cells = len(self.tasks), tuple(self.num_samples.shape[1:])
-        if self.num_samples.ndim != 4 or self.num_samples.shape[0] != tasks or cells[0] != self.num_layers:
-            raise HeatmapError(
-                f"num_samples has the shape {tuple(self.num_samples.shape)}, expected {tasks} tasks, {self.num_layers} layers, "
-                "heads and blocks."
-            )
-        tensors = [(what, name, values) for what in ("scores", "standard_errors", "replicates")
-                   for name, values in getattr(self, what).items()]  # fmt: skip
-        for what, name, values in tensors:
-            shape = tuple(values.shape[1:] if what == "replicates" else values.shape)
-            if shape != (tasks, tasks, *cells):
-                raise HeatmapError(
-                    f"{what} of {name!r} have the shape {tuple(values.shape)}, expected {(tasks, tasks, *cells)} for "
-                    f"{tasks} tasks and {self.num_layers} layers."
-                )
+        return cls(**decode(text))

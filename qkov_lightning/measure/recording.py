@@ -56,6 +56,7 @@ class Recording:
         capture: The taps; None where nothing is captured.
         store: What is on disk; None before training, and after an error in another process.
         num_batches: Training batches seen.
+        has_news: Whether something was captured since this was last set to False.
     """
 
     def __init__(self, storage: Storage, max_samples_per_task: int, max_bytes: int) -> None:
@@ -65,6 +66,7 @@ class Recording:
         self.store: RunStore | None = None
         self._run_id = ""
         self._switched_off = False
+        self.has_news = False
         self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
 
     @property
@@ -172,11 +174,31 @@ class Recording:
         if labels is None:
             self.capture.discard()
         captured = [] if labels is None else self.capture.finish(labels)
+        self.has_news = True
         if self.store:
             try:
                 self.store.submit(step, captured, processes)
             except CacheError as error:
                 self.switch_off(error)
+
+    def discard(self) -> None:
+        """Forget what is being captured of a batch."""
+        if self.capture:
+            self.capture.discard()
+
+    def explain_nothing(self) -> None:
+        """Say why there is no heatmap at the end of a training.
+
+        Warns:
+            UserWarning: If training batches were seen at all.
+        """
+        batches, captured, dropped = self._counters.values()
+        if not batches or self._switched_off:
+            return
+        reason = f"{captured} of {batches} training batches were captured"
+        if not captured and dropped:
+            reason = f"a gradient was not finite in any of the {dropped} captured steps"
+        warnings.warn(f"There is no interference heatmap of this training: {reason}.", stacklevel=3)
 
     def drain(self) -> None:
         """Wait for what is on its way to the cache, and count it."""
@@ -271,7 +293,9 @@ class Recording:
     # Restarts and errors
 
     def state(self) -> dict[str, Any]:
-        """Counters, and where the cache is."""
+        """Counters, and where the cache is; nothing before the first training."""
+        if not self._run_id:
+            return {}
         self.drain()
         return {
             **self._counters,

@@ -23,9 +23,9 @@ class ScoreSettings:
         ValueError: If a number is out of range.
 
     Example:
-        >>> ScoreSettings(damping=0)
+        >>> ScoreSettings(damping=-1.0)
         Traceback (most recent call last):
-        ValueError: ScoreSettings: damping is 0, expected a positive number.
+        ValueError: ScoreSettings: damping is -1.0, expected a positive number.
     """
 
     damping: float = 1e-3

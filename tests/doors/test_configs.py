@@ -62,7 +62,7 @@ def test_configuration_trains_and_leaves_a_heatmap_and_a_checkpoint(
         (
             "loss_reduction",
             "median",
-            "Expected a typing.Literal['mean', 'token_mean', 'sum']. Got value: median",
+            "Expected a typing.Literal['auto', 'mean', 'token_mean', 'sum']. Got value: median",
         ),
         ("every_n_steps", "0", "InterferenceMonitor: every_n_steps is 0, expected at least 1."),
     ],

@@ -12,7 +12,7 @@ pytest_plugins = ["pytester"]
 TESTS = """
     import torch
     from qkov_lightning import InterferenceHeatmap
-    from qkov_lightning.measure.heatmap import BlockInfo, Layer
+    from qkov_lightning.measure.cells import BlockInfo, Layer
 
     def make_heatmap(rise, tasks=("code", "math")):
         shape = (2, 2, 1, 2, 4)
