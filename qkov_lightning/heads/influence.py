@@ -51,7 +51,7 @@ def slice_influence(
     derivatives: Derivatives,
     features: Int[Tensor, "slice feature"],
     possible_features: Int[Tensor, "other own"],
-) -> Float[Tensor, slice]:
+) -> Float[Tensor, " slice"]:
     """How much each slice moves the head, as a share of what the slices ``possible_features`` could."""
     moved = torch.zeros(len(features), dtype=torch.float64)
     possible = torch.zeros((), dtype=torch.float64)

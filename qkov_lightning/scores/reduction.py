@@ -210,7 +210,7 @@ def slice_statistics(
     """
     samples = SamplesByTask(blocks, task_indices, num_tasks, fisher.shape[1])
     each = torch.ones_like(fisher) if weights is None else weights.to(fisher)
-    inverse = each / damped(fisher, damping, weights)
+    inverse = each / damped(fisher, damping, None if weights is None else each)
     sums = _task_sums(samples, each)
     count = samples.count.to(fisher)
     slice_square = sums.squared_norm / each.sum(dim=-1)

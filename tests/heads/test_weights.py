@@ -72,16 +72,22 @@ def test_the_monitor_takes_the_direction_from_the_optimiser_when_asked(tmp_path:
     expected = {}
     for monitor, update in ((adam, "adam"), (sgd, "sgd"), (state, None)):
         for projection in find_projections(module):
-            gradients, names = [], []
+            gradients, names, steps = [], [], []
             fisher = EmpiricalFisher()
             for record, _ in monitor._recording.store.cache.records():
                 part = head_gradients(record.read(projection.module_name), projection, record.scales)
                 fisher.update(part, record.samples.tasks)
                 gradients.append(part)
                 names += record.samples.tasks
+                steps += [record.step] * len(record.samples)
             rates = update or adaptive_rates(module, projection, fit.optimizers)
             scores = head_interference(
-                torch.cat(gradients), names, fisher.pooled(), update=rates, step_size=0.1
+                torch.cat(gradients),
+                names,
+                fisher.pooled(),
+                update=rates,
+                step_size=0.1,
+                fisher_shares=fisher.shares(names, steps),
             )
             expected |= {
                 (projection.layer, projection.block, *pair): values for pair, values in scores.items()
