@@ -162,7 +162,7 @@ def check_drift(
             f"The smallest task has {num_samples[0]} samples in the baseline and {num_samples[1]} in the current heatmap, "
             f"expected at least {min_samples}: measure more samples of every task, or lower min_samples."
         )
-    same_samples = _measured_the_same_samples(baseline, current)
+    same_samples = _measured_the_same_samples(baseline, current, scores)
     judged = [
         quantity
         for score in scores
@@ -188,13 +188,14 @@ def _degrees_of_freedom(heatmap: InterferenceHeatmap, num_samples: int) -> int:
     return freedom
 
 
-def _measured_the_same_samples(baseline: InterferenceHeatmap, current: InterferenceHeatmap) -> bool:
-    """Whether group g of the one holds the samples of group g of the other."""
-    samples, groups = (
-        {heatmap.notes.get("samples") for heatmap in (baseline, current)},
-        {len(values) for heatmap in (baseline, current) for values in heatmap.replicates.values()},
-    )
-    return None not in samples and len(samples) == 1 and len(groups) == 1
+def _measured_the_same_samples(
+    baseline: InterferenceHeatmap, current: InterferenceHeatmap, scores: Sequence[str]
+) -> bool:
+    """Whether both have values without each group, and group g of the one holds the samples of group g of the other."""
+    both = (baseline, current)
+    samples = {heatmap.notes.get("samples") for heatmap in both}
+    groups = {len(heatmap.replicates.get(score, ())) for heatmap in both for score in scores}
+    return None not in samples and len(samples) == 1 and len(groups) == 1 and 0 not in groups
 
 
 def _decide(

@@ -14,7 +14,7 @@ from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair
 from qkov_lightning.scores.scores import SCORES
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class HeatmapError(ValueError):
@@ -62,7 +62,8 @@ def decode(text: str) -> dict[str, Any]:
     found = data.get("schema") if isinstance(data, dict) else None
     if found != SCHEMA_VERSION:
         raise HeatmapError(
-            f"heatmap schema {found!r}, expected {SCHEMA_VERSION}. Write the file again with this version."
+            f"heatmap schema {found!r}, expected {SCHEMA_VERSION}: another version measured it, in another way. Measure it "
+            "again with this one (a baseline: `qkov probe`, then `qkov baseline update`)."
         )
     unknown = sorted(set(data.get("scores", ())) - set(SCORES))
     if unknown:

@@ -1,21 +1,14 @@
 """Tests over samples: is interference between tasks more than within them, and how sure is a score?
 
-Both work on the interference :math:`M_{ij}` of all pairs of samples in some cells (``sample_pairs``). A
-labelling or a resample of the samples weights the pairs, so that all of them over all cells are one matrix
-product.
-
 Example:
-    >>> from qkov_lightning import bootstrap_standard_error, permutation_test, sample_pairs
+    >>> from qkov_lightning import permutation_test
     >>> gradients = torch.randn(40, 2, 16, generator=torch.Generator().manual_seed(0))  # [sample, head, weight]
     >>> is_math = torch.arange(40) < 20
     >>> gradients[is_math, 1, :8] *= 0.1  # in head 1, math trains one half of the weights ...
     >>> gradients[~is_math, 1, 8:] *= 0.1  # ... and code the other
-    >>> fisher = gradients.square().mean(dim=0)
-    >>> pairs = torch.stack([sample_pairs(gradients[:, h], gradients[:, h], fisher[h]) for h in range(2)])
-    >>> bool(permutation_test(-pairs, is_math).adjusted_p_value[1] < 0.01)  # less across the tasks than within
-    True
-    >>> bootstrap_standard_error(pairs, is_math).shape  # of the mean of math x code, in each cell
-    torch.Size([2])
+    >>> test = permutation_test(gradients, is_math)
+    >>> bool(test.adjusted_p_value[1] < 0.01), bool(test.difference[1] < 0)  # less across the tasks than within
+    (True, True)
 """
 
 from __future__ import annotations
@@ -23,21 +16,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from scipy import stats
 from torch import Tensor
 
-DRAWS_AT_ONCE = 256
-"""Draws whose weights of all pairs are in memory together: 20 MB at 200 samples."""
+from qkov_lightning.scores.updates import damped
+
+MAX_ELEMENTS = 2**22
+"""Numbers that are in memory together for each sum of the labellings: 32 MB."""
 
 
 @dataclass(frozen=True, eq=False)
 class PermutationTest:
-    """Whether interference between two tasks exceeds that within them.
+    """Whether interference between two tasks differs from that within them.
 
     Attributes:
         difference: Mean over pairs of different tasks less the mean over pairs of one task.
-        p_value: Share of labellings with a difference at least as large.
+        p_value: Share of labellings with a difference at least as far from zero.
         adjusted_p_value: The same, adjusted for the number of cells (Benjamini & Hochberg 1995).
     """
 
@@ -47,40 +42,47 @@ class PermutationTest:
 
 
 def permutation_test(
-    pairs: Float[Tensor, "cell sample sample"],
+    gradients: Float[Tensor, "sample cell weight"],
     is_a: Bool[Tensor, sample],
     *,
+    damping: float = 1e-3,
     num_permutations: int = 1000,
     seed: int = 0,
 ) -> PermutationTest:
     r"""Compare cross-task with within-task interference under permuted TASK LABELS of the pooled samples.
 
-    The difference of the means of :math:`M_{ij}` over the pairs with i in A and j in B, and over the pairs
-    (i, j), i unlike j, within A or within B, each task with the same weight. Where the tasks interfere with
-    each other no more than with themselves, labels are exchangeable, and the p-value is exact (Phipson &
-    Smyth 2010).
+    The difference is that of the mean of :math:`M_{ij}` over the pairs of different tasks, in both directions, and the
+    mean over the pairs within A and within B, i unlike j, each task with the same weight. The gradient of each
+    sample is divided by its norm in the cell first, so that tasks with larger losses do not differ by that alone.
+    The Fisher is the mean of the two tasks' means, made anew for every labelling. So nothing but the labels
+    differs between labellings: where they do not matter, the p-value is exact (Phipson & Smyth 2010).
 
     Args:
-        pairs: :math:`M_{ij}` of all samples of both tasks, in some cells.
+        gradients: Gradient of each sample's own loss in some cells.
         is_a: Which samples are of task A; the others are of task B.
+        damping: Added to the Fisher, relative to its mean over the cell.
         num_permutations: Labellings that are drawn, beside the true one.
         seed: Of the labellings.
 
     Returns:
-        Test of every cell.
+        Test of every cell, two-sided.
 
     Raises:
-        ValueError: If a task has fewer than two samples, or a value is not finite.
+        ValueError: If a task has fewer than two samples, or a gradient is zero or not finite.
     """
-    _check(pairs, is_a)
+    _check(gradients.transpose(0, 1), is_a, "gradient")
+    norm = gradients.double().norm(dim=-1, keepdim=True)
+    if not bool((norm > 0).all()):
+        raise ValueError("A gradient is zero in a whole cell: leave out that sample or cell.")
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(num_permutations, len(is_a), generator=generator).argsort(dim=1)
-    labels = torch.cat([is_a[None], is_a[draws]]).to(pairs)
-    differences = _differences(pairs, labels)
+    labels = torch.cat([is_a[None], is_a[draws]]).double().to(gradients.device)
+    unit = (gradients.double() / norm).unbind(dim=1)
+    differences = torch.stack([_differences(one, labels, damping) for one in unit], dim=1).cpu()
     observed = differences[:1]
     # Labellings that tie with the observed one up to rounding count as at least as large.
-    margin = torch.finfo(pairs.dtype).eps ** 0.5 * differences.abs().amax(dim=0)
-    p_value = (differences >= observed - margin).double().mean(dim=0)
+    margin = 1e-9 * differences.abs().amax(dim=0)
+    p_value = (differences.abs() >= observed.abs() - margin).double().mean(dim=0)
     adjusted = torch.from_numpy(stats.false_discovery_control(p_value.numpy()))
     return PermutationTest(observed.squeeze(0), p_value, adjusted)
 
@@ -106,56 +108,46 @@ def bootstrap_standard_error(
     Raises:
         ValueError: If a task has fewer than two samples, or a value is not finite.
     """
-    _check(pairs, is_a)
+    _check(pairs, is_a, "pair")
     generator = torch.Generator().manual_seed(seed)
     weights = []
     for count in (int(is_a.sum()), int((~is_a).sum())):
         drawn = torch.randint(count, (num_resamples, count), generator=generator)
         ones = torch.ones_like(drawn, dtype=pairs.dtype)
         weights.append(torch.zeros_like(ones).scatter_add_(1, drawn, ones) / count)
-    a, b = is_a.nonzero().flatten(), (~is_a).nonzero().flatten()
-    first, second = torch.cartesian_prod(torch.arange(len(a)), torch.arange(len(b))).T
-    means = _weighted_sums(weights[0], weights[1], first, second, pairs[:, a[first], b[second]])
-    return means.std(dim=0)
+    values = pairs[:, is_a][:, :, ~is_a]
+    return torch.einsum("da,cab,db->dc", weights[0], values, weights[1]).std(dim=0)
 
 
 def _differences(
-    pairs: Float[Tensor, "cell sample sample"], in_a: Float[Tensor, "labelling sample"]
-) -> Float[Tensor, "labelling cell"]:
-    """Across less within of every labelling, from two sums each: over all pairs of A, and over the rows of A."""
-    num_samples = pairs.shape[1]
-    first, second = torch.triu_indices(num_samples, num_samples, offset=1)
-    both = pairs[:, first, second] + pairs[:, second, first]  # both directions of a pair
-    both -= both.mean(dim=1, keepdim=True)  # shifts all means alike, and leaves less to cancel
-    total = both.sum(dim=1)
-    rows = both.new_zeros(len(both), num_samples).index_add_(1, first, both).index_add_(1, second, both)
-    within_a = _weighted_sums(in_a, in_a, first, second, both)
-    across = in_a @ rows.T - 2 * within_a
-    within_b = total - within_a - across
-    count_a = int(in_a[0].sum())
-    count_b = num_samples - count_a
-    within = within_a / (count_a * (count_a - 1)) + within_b / (count_b * (count_b - 1))
-    return across / (2 * count_a * count_b) - within / 2
-
-
-def _weighted_sums(
-    left: Float[Tensor, "draw left"],
-    right: Float[Tensor, "draw right"],
-    first: Int[Tensor, pair],
-    second: Int[Tensor, pair],
-    values: Float[Tensor, "cell pair"],
-) -> Float[Tensor, "draw cell"]:
-    """Sum over pairs of the pair's value times the weights of its two samples, for every draw."""
-    chunks = zip(left.split(DRAWS_AT_ONCE), right.split(DRAWS_AT_ONCE), strict=True)
-    return torch.cat([(one[:, first] * other[:, second]) @ values.T for one, other in chunks])
-
-
-def _check(pairs: Tensor, is_a: Tensor) -> None:
-    counts = int(is_a.sum()), int((~is_a).sum())
-    if min(counts) < 2 or pairs.shape[1] != len(is_a):
-        raise ValueError(
-            f"{counts[0]} samples of task A and {counts[1]} of task B for pairs of {pairs.shape[1]} samples, expected one "
-            "label per sample and at least two samples of each task."
+    gradients: Float[Tensor, "sample weight"], labels: Float[Tensor, "labelling sample"], damping: float
+) -> Float[Tensor, labelling]:
+    """Across less within, of every labelling: three sums over its samples of A, and three over the others."""
+    square, absolute = gradients.square(), gradients.abs()
+    parts = (square, absolute, square * absolute)
+    count_a = float(labels[0].sum())
+    count_b = labels.shape[1] - count_a
+    result = []
+    for some in labels.split(max(1, MAX_ELEMENTS // gradients.shape[1])):
+        square_a, absolute_a, own_a = (some @ part for part in parts)
+        square_b, absolute_b, own_b = ((1 - some) @ part for part in parts)
+        fisher = (square_a / count_a + square_b / count_b) / 2
+        inverse = 1 / damped(fisher, damping)
+        across = ((square_a * absolute_b + square_b * absolute_a) * inverse).sum(dim=1) / (
+            2 * count_a * count_b
         )
-    if not bool(pairs.isfinite().all()):
-        raise ValueError("The interference of a pair is not finite: leave out cells without data.")
+        within_a = ((square_a * absolute_a - own_a) * inverse).sum(dim=1) / (count_a * (count_a - 1))
+        within_b = ((square_b * absolute_b - own_b) * inverse).sum(dim=1) / (count_b * (count_b - 1))
+        result.append(across - (within_a + within_b) / 2)
+    return torch.cat(result)
+
+
+def _check(values: Float[Tensor, "cell sample _"], is_a: Bool[Tensor, sample], what: str) -> None:
+    counts = int(is_a.sum()), int((~is_a).sum())
+    if min(counts) < 2 or values.shape[1] != len(is_a):
+        raise ValueError(
+            f"{counts[0]} samples of task A and {counts[1]} of task B for the {what}s of {values.shape[1]} samples, expected "
+            "one label per sample and at least two samples of each task."
+        )
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"A {what} is not finite: leave out cells without data.")

@@ -55,8 +55,8 @@ def test_the_gate_fails_where_the_accepted_interference_was_lower_until_it_is_ac
     before = file.read_bytes()
     data = json.loads(before)
     a, b = data["tasks"].index("last"), data["tasks"].index("mean")
-    data["scores"]["relative"][a][b][0][1][3] = 0.01  # layer 0, head 1, O
-    data["standard_errors"]["relative"][a][b][0][1][3] = 0.001
+    for values in (data["scores"]["relative"], *data["replicates"]["relative"]):
+        values[a][b][0][1][3] *= 0.1  # layer 0, head 1, O
     file.write_text(json.dumps(data))
     try:
         done = run(commands()["Gate"], workplace)
@@ -68,6 +68,32 @@ def test_the_gate_fails_where_the_accepted_interference_was_lower_until_it_is_ac
         assert run(commands()["Gate"], workplace).returncode == 0
     finally:
         file.write_bytes(before)
+
+
+def test_a_rise_of_a_quarter_is_found_since_the_samples_are_the_same(workplace: Path) -> None:
+    """The baseline that was shipped had no values without each group: the rise passed."""
+    data = json.loads((workplace / "baseline.json").read_text())
+    assert len(data["replicates"]["relative"]) == 16
+    a, b = data["tasks"].index("last"), data["tasks"].index("mean")
+    for values in (data["scores"]["relative"], *data["replicates"]["relative"]):
+        values[a][b][0][1][3] /= 1.25
+    risen = workplace / "lower.json"
+    risen.write_text(json.dumps(data))
+    done = run(f"qkov gate current.json --baseline {risen.name}", workplace)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "(the same samples)" in done.stdout
+    data["replicates"] = {}
+    risen.write_text(json.dumps(data))
+    done = run(f"qkov gate current.json --baseline {risen.name}", workplace)
+    assert "(the same samples)" not in done.stdout
+
+
+def test_a_baseline_of_an_older_version_is_refused_by_name(workplace: Path) -> None:
+    data = json.loads((workplace / "baseline.json").read_text()) | {"schema": 1}
+    (workplace / "old.json").write_text(json.dumps(data))
+    done = run("qkov gate current.json --baseline old.json", workplace)
+    assert done.returncode == 3
+    assert "heatmap schema 1, expected 2: another version measured it" in done.stdout
 
 
 def test_a_probe_takes_a_loss_samples_and_arguments_by_name(workplace: Path) -> None:
