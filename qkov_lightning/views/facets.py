@@ -96,7 +96,7 @@ def draw_facet(
                     squares, facecolor="none", edgecolor="0.55", linewidth=0, hatch=HATCHES[reason]
                 )
             )
-    extent, dpi = axis.get_window_extent(), axis.get_figure(root=True).dpi  # type: ignore[union-attr]
+    extent, dpi = axis.get_window_extent(), axis.figure.dpi
     width, height = extent.width / dpi / values.shape[1], extent.height / dpi / values.shape[0]
     at = np.argwhere(marked & ~np.isnan(values))
     if len(at):
