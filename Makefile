@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-lowest lint docs bench calibration validity freezing clean
+.PHONY: help demo test test-lowest gpu lint docs bench calibration validity freezing clean
 
 help:  ## List the commands.
 	@sed -n 's/^\([a-z][a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,6 +46,9 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 
 test-lowest: $(LOWEST)/.installed  ## Run the test suite with the lowest versions that are promised.
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
+
+gpu: $(VENV)/.installed-dev  ## Run the tests that need a GPU; they are skipped where there is none.
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of imports.
 	$(BIN)/ruff format --check
