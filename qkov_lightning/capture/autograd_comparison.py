@@ -320,8 +320,11 @@ def _by_head(gradient: Tensor, projection: Projection) -> Tensor:
 
 def _sums(ours: Tensor | None, theirs: Tensor | None) -> Tensor:
     """Sums over the weights of each head; a gradient that is not there is zero."""
-    known = [gradient for gradient in (ours, theirs) if gradient is not None]
+    # A captured gradient may be on the processor already.
+    known = [gradient.cpu() for gradient in (ours, theirs) if gradient is not None]
     if not known:
         return torch.zeros(4, 1, dtype=torch.float64)
-    a, b = (torch.zeros_like(known[0]).double() if one is None else one.double() for one in (ours, theirs))
-    return torch.stack([(a - b).square(), a * a, b * b, a * b]).sum(dim=-1).cpu()
+    a, b = (
+        torch.zeros_like(known[0]).double() if one is None else one.cpu().double() for one in (ours, theirs)
+    )
+    return torch.stack([(a - b).square(), a * a, b * b, a * b]).sum(dim=-1)
