@@ -52,7 +52,7 @@ def cut(texts: dict[str, str], task: str, num_samples: int) -> list[dict]:
 
 
 def collate(samples: list[dict], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict:
-    """A padded batch. The loss is a mean over tokens, so the monitor needs to know how many each sample has."""
+    """A padded batch, whose loss is a mean over tokens."""
     texts = [sample["text"] for sample in samples]
     batch = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=max_length)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

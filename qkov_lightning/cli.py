@@ -100,7 +100,8 @@ def probe(
         data: LightningDataModule that has the samples.
         hook: Method of the data module (or the model) that returns their DataLoader.
         loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
-        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from the loss.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from
+            the loss.
         task_of: Batch key that gives the task of each sample.
         output: File to write.
 
@@ -142,7 +143,8 @@ def verify(
         checkpoint: Checkpoint that Lightning wrote; the weights that the model starts with without it.
         hook: Method of the data module (or the model) that returns the DataLoader.
         loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
-        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from the loss.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from
+            the loss.
 
     Raises:
         ValueError: If the model or the data is missing, or a gradient is not the one of the sample alone.
@@ -170,7 +172,9 @@ def gate(
     format: Format = "text",
     junitxml: Path | None = None,
 ) -> int:
-    """Fail if interference rose beyond noise. Exit status: 0 no drift, 1 drift, 2 wrong usage, 3 not comparable.
+    """Fail if interference rose beyond noise.
+
+    Exit status: 0 no drift, 1 drift, 2 wrong usage, 3 not comparable.
 
     Never writes the baseline: `qkov baseline update` does. Where the environment has GITHUB_STEP_SUMMARY, the
     report is added to that file in Markdown.

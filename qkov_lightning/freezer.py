@@ -1,4 +1,4 @@
-"""The Lightning callback that holds cells still while everything else trains."""
+"""The Lightning callback that keeps cells fixed while everything else trains."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class HeadFreezer(Callback):
             self._choose(InterferenceHeatmap.load(find_latest(Path(self.heatmap))))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the weights, and stand around every optimiser's step."""
+        """Find the weights, and hook the steps of every optimiser."""
         if self.monitor is not None and trainer.global_step == 0:
             self.cells = ()  # those of an earlier training
             self._slices, self.num_frozen = [], 0
@@ -216,7 +216,7 @@ class HeadFreezer(Callback):
         """Find the weights of the cells, and say how many they are.
 
         Raises:
-            ValueError: If the model has no such cell, or its weights cannot be held still.
+            ValueError: If the model has no such cell, or its weights cannot be frozen.
         """
         self._slices, self.num_frozen = [], 0
         features: dict[tuple[str, int], list[int]] = {}

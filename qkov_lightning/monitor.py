@@ -50,22 +50,22 @@ class InterferenceMonitor(Callback):
     execution.)
 
     The result goes to ``heatmap``, to scalars (``interference/<a>__<b>/max``, ...), to figures in the
-    loggers, to the terminal beside the progress bar, and to ``<run>/interference/latest.json``.
+    loggers, to the terminal, and to ``<run>/interference/latest.json``.
 
     Args:
         task_of: Batch key (or attribute), or function of the batch, that gives the task of each sample:
             strings or ints, one per sample or one for the whole batch. Not needed where forward passes run
             inside ``with qkov_lightning.task(...)``.
         sample_id_of: The same for sample identifiers. Samples are numbered per task without them.
-        loss_reduction: How the training loss joins its samples: "auto" reads it from the loss itself, "mean" over samples, "token_mean" over all
-            target tokens of the batch, or "sum".
+        loss_reduction: How the training loss joins its samples: "auto" reads it from the loss itself, "mean"
+            over samples, "token_mean" over all target tokens of the batch, or "sum".
         num_target_tokens_of: Like ``task_of``, for the target tokens of each sample; only "token_mean" needs
             it.
         token_samples_of: Like ``task_of``, for packed sequences and flattened inputs: the sample (counted
             from 0) of every token of the model's input, -1 for padding. Rows of the batch are the samples
             without it.
-        group_of: Like ``task_of``, for the group of each sample (its document, its user): standard errors then allow
-            for samples of one group that are alike. Samples are independent without it.
+        group_of: Like ``task_of``, for the group of each sample (its document, its user): standard errors
+            then allow for samples of one group that are alike. Samples are independent without it.
         every_n_steps: Capture one training batch of every n: the first, then one at random in each n.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
@@ -73,7 +73,7 @@ class InterferenceMonitor(Callback):
             per run, with a sampling error that is part of every standard error; "auto" takes sampled storage
             where the exact gradients of ``max_samples_per_task`` samples of each task would not fit and
             sampled ones are smaller, and says at the first captured step what it took.
-        cache_dir: Where the cache goes; beside the other results by default. All processes must see it.
+        cache_dir: Where the cache goes; in the folder of the results by default. All processes must see it.
         fisher_decay: Decay of the Fisher's EMA per captured step.
         damping: Added to the Fisher, relative to its mean over a slice.
         update_direction: Direction in which a task would update the weights, for ``forgetting`` and
@@ -84,7 +84,7 @@ class InterferenceMonitor(Callback):
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         figures: Scores to draw for each task pair after each epoch; all of them by default.
         projections: Head map; found by ``find_projections`` by default.
-        probe: Samples to measure at the weights of the moment, instead of those that training happens to see:
+        probe: Samples to measure at the current weights, instead of those that training happens to see:
             a DataLoader, or the name of the data module's method that returns one. See
             ``probe_interference``.
         probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without
@@ -202,7 +202,8 @@ class InterferenceMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Watch one batch of every n."""
-        # Stochastic weight averaging passes over the data once more to count its batch norms, without learning.
+        # Stochastic weight averaging passes over the data once more to count its batch norms, without
+        # learning.
         if not trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:
             self._recording.start(self.every_n_steps)
 
@@ -361,7 +362,7 @@ class InterferenceMonitor(Callback):
             self._results.write(partial(write_files, heatmap, images))
         except (OSError, ValueError, ImportError) as error:
             warnings.warn(f"The interference heatmap could not be written: {error}", stacklevel=2)
-        # The step that Lightning gives to validation metrics, so that figures stand beside them.
+        # The step that Lightning gives to validation metrics, so that figures and metrics share it.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         if at_the_end:  # Lightning takes no scalars any more
             for logger in trainer.loggers:
@@ -371,7 +372,10 @@ class InterferenceMonitor(Callback):
 
     @property
     def results(self) -> Path | str | None:
-        """Folder of ``latest.json``, ``snapshots/`` and ``figures/``, once training has started; an URL if it is remote."""
+        """Folder of ``latest.json``, ``snapshots/`` and ``figures/``, once training has started.
+
+        An URL if it is remote.
+        """
         if self._results is None:
             return None
         return self._results.folder if self._results.is_remote else Path(self._results.folder)
@@ -402,7 +406,7 @@ class InterferenceMonitor(Callback):
         """Where the cache goes.
 
         Raises:
-            ValueError: If the results are remote, and nobody says where.
+            ValueError: If the results are remote, and no folder is given.
         """
         if self.cache_dir is None and results.is_remote:
             raise ValueError(

@@ -1,4 +1,7 @@
-"""Tiny models that expose mistakes: every head different, head sizes that are not width // heads, odd layouts."""
+"""Tiny models that expose mistakes.
+
+Every head different, head sizes that are not width // heads, odd layouts.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from qkov_lightning.heads.projections import BLOCKS, Projection, contiguous_head
 
 
 class GroupedAttention(nn.Module):
-    """Grouped-query attention whose head size is not width // heads and whose value heads have another size."""
+    """Grouped-query attention with a head size that is not width // heads, and another one for values."""
 
     def __init__(
         self,

@@ -22,7 +22,10 @@ def make_heatmap(
     epoch: int = 3,
     seed: int = 0,
 ) -> InterferenceHeatmap:
-    """Layer 1 frozen in all blocks, layer 0 block Q head 1 without data; every other cell has its own value."""
+    """Layer 1 frozen in all blocks, layer 0 block Q head 1 without data.
+
+    Every other cell has its own value.
+    """
     generator = torch.Generator().manual_seed(seed)
     shape = (len(tasks), len(tasks), layers, heads, 4)
     values = torch.rand(shape, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Two tasks and a model small enough for every push; `python toy.py` trains it briefly and writes `model.ckpt`."""
+"""Two tasks and a model small enough for every push; `python toy.py` trains it and writes `model.ckpt`."""
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything

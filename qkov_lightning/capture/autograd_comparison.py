@@ -274,7 +274,7 @@ class AutogradComparison:
         """Tasks play no part here: where the batch names none, all samples have the same.
 
         Raises:
-            ValueError: If samples are packed, and nobody says how to unpack them.
+            ValueError: If samples are packed, and no `sample_of` unpacks them.
         """
         named = isinstance(self.batch, Mapping) and "task" in self.batch
         labels = read_labels(

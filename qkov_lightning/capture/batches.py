@@ -47,7 +47,8 @@ def fingerprints(
         token_samples: Sample of every token, where samples are packed.
 
     Returns:
-        Hashes; of samples that are equal in one batch, the later ones have a number behind. None if nothing in the
+        Hashes; of samples that are equal in one batch, the later ones have a number behind. None if nothing
+        in the
         batch has one entry per sample.
     """
     digests = [hashlib.blake2b(digest_size=6) for _ in range(num_samples)]

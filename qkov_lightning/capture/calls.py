@@ -57,7 +57,10 @@ class Tap(torch.autograd.Function):
 
 
 class EagerModules:
-    """Compiled modules run eagerly while at least one of these is entered: the stance of torch is the process's own."""
+    """Compiled modules run eagerly while at least one of these is entered.
+
+    The stance of torch is the process's own.
+    """
 
     _entered: ClassVar[int] = 0
     _stance: ClassVar[ExitStack] = ExitStack()
@@ -88,7 +91,7 @@ def inside_backward() -> bool:
 
 
 def accumulator(module: nn.Module) -> Any:
-    """Autograd's node that adds to the ``.grad`` of a module's first trainable parameter; None without one."""
+    """The autograd node that adds to the ``.grad`` of a module's first trainable parameter, if it has one."""
     for parameter in module.parameters():
         if parameter.requires_grad:
             return torch.autograd.graph.get_gradient_edge(parameter).node
@@ -96,7 +99,7 @@ def accumulator(module: nn.Module) -> Any:
 
 
 def adds_up(node: Any) -> bool:
-    """Whether the running backward pass adds to ``.grad``, rather than return gradients (``autograd.grad``)."""
+    """Whether the running backward pass adds to ``.grad``; ``autograd.grad`` returns gradients instead."""
     try:
         return node is not None and bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # `autograd.grad` of this very parameter

@@ -1,4 +1,4 @@
-"""Proof on a user's own model and batch that captured gradients are right, or the reason why they cannot be."""
+"""Proof on a user's model and batch that captured gradients are right, or the reason why they are not."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def verify_capture(
     The model runs in the modes that its modules are in, and under the autocast that surrounds the call. The
     error of a cell is, with the captured gradient g and the gradient :math:`\hat g` of the sample alone,
 
-    .. math:: \max_n \lVert g_n - \hat g_n \rVert / \max(\lVert \hat g_n \rVert, 10^{-3} \lVert \hat G_n \rVert)
+    .. math:: \max_n \lVert g_n - \hat g_n \rVert \Big/
+              \max(\lVert \hat g_n \rVert, 10^{-3} \lVert \hat G_n \rVert)
 
     where :math:`\hat G_n` holds all cells. If some cell fails, the reasons that can be found are named:
     dropout and other random numbers, batch norm, a wrong ``loss_reduction``, weights that two modules share.
@@ -81,7 +82,7 @@ def _reasons(check: AutogradComparison, comparison: Comparison, tolerance: float
         yield f"{_named(check, name)} draws random numbers, as dropout does: a batch of one draws others."
     for name in joining:
         yield (
-            f"{_named(check, name)} normalises over the batch: the gradient of a sample hangs on the other samples, and the "
+            f"{_named(check, name)} normalises over the batch: the gradient of a sample depends on the other samples, and the "
             "captured one holds their share."
         )
     if random or joining:

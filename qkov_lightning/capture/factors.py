@@ -49,7 +49,9 @@ class CapturedStep:
 
 @dataclass(frozen=True, eq=False)
 class Delivery:
-    """What one backward pass gives to a tap: the input of a module, the gradient of its output, and its scale.
+    """What one backward pass gives to a tap.
+
+    The input of a module, the gradient of its output, and its scale.
 
     Attributes:
         activation: Input of the module.

@@ -1,8 +1,8 @@
 r"""How a loss joins the losses of its samples, read from its autograd graph.
 
 A training loss is a few scalar operations on reductions of many elements (tokens, samples, pixels). The graph
-knows each reduction: its input, its weights, and the numbers that its result is divided by. No forward pass is
-repeated, and nothing of the graph changes.
+knows each reduction: its input, its weights, and the numbers that its result is divided by. No forward pass
+is repeated, and nothing of the graph changes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LINEAR = frozenset(
         "MaskedSelect", "MaskedFill", "Where", "IndexSelect",
     )
 )  # fmt: skip
-"""Nodes whose derivative does not depend on their input, except for factors that are themselves in the loss."""
+"""Nodes whose derivative depends on their input through factors only that are in the loss themselves."""
 
 SELECTING = ("IndexBackward", "MaskedSelectBackward", "IndexSelectBackward")
 """Nodes that take some elements out of more."""
@@ -48,12 +48,13 @@ class LossTerm:
     """One reduction of many elements to a number, which is part of the loss.
 
     Attributes:
-        joined: "mean" divides by the number of elements, "weighted_mean" by the sum of their weights, "sum" by
-            nothing.
-        levels: Weights of the elements: of those that the reduction reads, then of those that these are made of,
-            in the order of the samples. Zero for padding.
+        joined: "mean" divides by the number of elements, "weighted_mean" by the sum of their weights, "sum"
+            by nothing.
+        levels: Weights of the elements: of those that the reduction reads, then of those that these are made
+            of, in the order of the samples. Zero for padding.
         divisors: What the result is divided by on its way to the loss, number by number.
-        selected: Nonzero where an element of the whole was selected, before the loss was taken; None if all were.
+        selected: Nonzero where an element of the whole was selected, before the loss was taken; None if all
+            were.
         is_part: Whether it reads some samples only: a loop over samples, say.
         owner: The ``tap`` of the first attention layer below, if one was found.
     """
@@ -158,7 +159,7 @@ def _down(node: Any, output: int, weights: Tensor) -> Iterator[tuple[Tensor, tup
 
 
 def _below(node: Any, num_elements: int) -> tuple[Tensor | None, bool, object]:
-    """What was selected between a reduction and the first tap below it, whether of some samples, and that tap."""
+    """What was selected between a reduction and the first tap below, whether of some samples, and the tap."""
     selected, is_part, todo, seen = None, False, deque([node]), {node}
     while todo and len(seen) < MAX_NODES:
         node = todo.popleft()

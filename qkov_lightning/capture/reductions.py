@@ -37,7 +37,7 @@ class Joining:
     num_target_tokens: tuple[float, ...] | None = None
 
     def scales(self, num_samples: int) -> Float[Tensor, sample]:
-        """Factor per sample that turns its share of the batch's gradient into the gradient of its own loss."""
+        """Factor per sample that turns its share of the batch's gradient into that of its own loss."""
         if self.reduction == "sum":
             return torch.ones(num_samples, dtype=torch.float64)
         if self.reduction == "mean":

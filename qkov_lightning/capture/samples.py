@@ -242,7 +242,10 @@ def read_labels(
 
 
 def tasks_at_hand(batch: object, task_of: str | Callable[[Any], Any]) -> frozenset[str]:
-    """Tasks of a batch that is not captured, where it costs nothing to look: no function to call, no device to wait for."""
+    """Tasks of a batch that is not captured, where it costs nothing to look.
+
+    No function to call, no device to wait for.
+    """
     found = None if callable(task_of) else _entry(batch, task_of)
     if found is None or (isinstance(found, Tensor) and found.device.type != "cpu"):
         return frozenset()

@@ -69,7 +69,7 @@ class WeightGradients:
                 handle.remove()
 
     def of(self, loss: Tensor) -> dict[str, Float[Tensor, "d_out d_in"]]:
-        """Weight gradients by module name, output features first; without the modules that the loss hangs not on."""
+        """Weight gradients by module name, output features first, of the modules that the loss depends on."""
         leaves = {name: _own_weight(module) for name, module in self._modules.items()} | self._added
         known = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         gradients = torch.autograd.grad(loss, list(known.values()), allow_unused=True)

@@ -19,7 +19,7 @@ def check_strategy(trainer: Trainer, probing: bool) -> None:
     for name in (cls.__name__ for cls in type(trainer.strategy).__mro__):
         if name in {"FSDPStrategy", "DeepSpeedStrategy"}:
             raise ValueError(
-                f"InterferenceMonitor cannot vouch for its numbers under {name}: it is tested with one device, DDPStrategy and "
+                f"InterferenceMonitor is not tested under {name}, and its numbers could be wrong. It supports one device, DDPStrategy and "
                 "ModelParallelStrategy (FSDP2: `fully_shard` in `configure_model`). Use one of these."
             )
         if name == "ModelParallelStrategy":

@@ -38,7 +38,7 @@ class CaptureWarning(UserWarning):
 
 
 class _Hook:
-    """A hook that a copy of the module does not inherit: deep copies and pickles hold one that does nothing."""
+    """A hook that copies of the module do not inherit: a deep copy or a pickle holds one that is empty."""
 
     def __init__(self, hook: Callable[..., Any]) -> None:
         self._hook = hook
@@ -73,8 +73,8 @@ class GradientCapture:
             steps = capture.finish()
 
     A step counts every sample once. Where an optimiser evaluates the same batch again after it has moved the
-    weights (L-BFGS, SAM), the first evaluation counts. Where gradients are asked for (``torch.autograd.grad``)
-    beside a backward pass that adds them up, the backward pass counts.
+    weights (L-BFGS, SAM), the first evaluation counts. Where gradients are asked for
+    (``torch.autograd.grad``) beside a backward pass that adds them up, the backward pass counts.
 
     Args:
         model: Holds the projections.
@@ -286,7 +286,7 @@ class GradientCapture:
         ]
 
     def _drop_asked_for(self) -> None:
-        """Leave out gradients that ``autograd.grad`` returned, where a backward pass added them up as well."""
+        """Leave out what ``autograd.grad`` returned, where a backward pass added gradients up as well."""
         if any(delivery.adds_up for call in self._calls for delivery in call.deliveries):
             for call in self._calls:
                 call.deliveries[:] = [delivery for delivery in call.deliveries if delivery.adds_up]
@@ -309,7 +309,7 @@ class GradientCapture:
                 )
 
     def _terms_of(self, calls: list[Call]) -> list[LossTerm]:
-        """Parts of the loss that these calls led to; those whose calls are not seen, if there are no others."""
+        """Parts of the loss that these calls led to; without any, those whose calls are not seen."""
         own = [term for term in self._terms if term.owner in calls]
         return own or [term for term in self._terms if term.owner is None]
 

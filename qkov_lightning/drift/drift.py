@@ -191,7 +191,7 @@ def _degrees_of_freedom(heatmap: InterferenceHeatmap, num_samples: int) -> int:
 def _measured_the_same_samples(
     baseline: InterferenceHeatmap, current: InterferenceHeatmap, scores: Sequence[str]
 ) -> bool:
-    """Whether both have values without each group, and group g of the one holds the samples of group g of the other."""
+    """Whether both have values without each group, and the groups hold the same samples."""
     both = (baseline, current)
     samples = {heatmap.notes.get("samples") for heatmap in both}
     groups = {len(heatmap.replicates.get(score, ())) for heatmap in both for score in scores}

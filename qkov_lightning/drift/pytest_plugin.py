@@ -35,7 +35,7 @@ def assert_no_interference_drift(
 ) -> Callable[..., None]:
     """A function of a heatmap and a baseline file that fails the test if interference drifted.
 
-    The file is looked for beside the test. Further arguments are those of ``qkov_lightning.check_drift``.
+    The file is looked for next to the test. Further arguments are those of ``qkov_lightning.check_drift``.
     What cannot be compared fails, too. With ``--update-interference-baseline`` the heatmap is written to the
     file instead.
     """

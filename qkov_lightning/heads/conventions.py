@@ -1,7 +1,7 @@
 """How attention modules name and order their projections: what cannot be known from shapes.
 
-One row per convention. Separate projections are told by their names; the order of the pieces of a FUSED one
-is told by nothing but who wrote it, so each row lists the classes that follow it.
+One row per convention. Separate projections are recognised by name. The order inside a fused projection shows
+neither in names nor in shapes, so each row lists the classes that use it.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ FUSED: tuple[tuple[Placement, tuple[str, ...]], ...] = (
         ),
     ),
 )
-"""Conventions for fused projections, and who follows them: full names of classes, and the name of the module."""
+"""Conventions for fused projections: full names of the classes that follow them, and of the module."""
 
 FUSED_NAMES = ("qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "query_key_value", "wqkv", "W_pack")
 """Names that say a projection is fused, whatever the class around it is called."""
@@ -156,10 +156,10 @@ LATENT = "kv_b_proj"
 LATENT_QUERIES = ("q_b_proj", "q_proj")
 
 TILED_GROUPS = ("x_transformers.*",)
-"""Grouped-query attention whose key-value head j serves the query heads j, j + n, j + 2n, ... of n such heads."""
+"""Grouped-query attention whose key-value head j serves the query heads j, j + n, j + 2n, ..."""
 
 BORROWS_KEYS_AND_VALUES = "is_kv_shared_layer"
-"""True of attention that takes keys and values from an earlier layer, and projects queries and output only."""
+"""True of attention that takes keys and values from an earlier layer, and has only queries and output."""
 
 NOT_SOFTMAX = ("conv1d", "q_conv1d", "A_log", "dt_bias", "igate_preact")
 """Parts of state-space and linear-attention mixers, which name their projections as attention does."""

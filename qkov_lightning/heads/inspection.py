@@ -151,7 +151,7 @@ def cache_bytes_per_sample(
 
 
 def _shared_by_all_heads(model: nn.Module, placed: Sequence[Projection], layer: int) -> list[str]:
-    """Linear modules inside an attention that no head has a slice of (the latents of latent attention, say)."""
+    """Linear modules inside an attention of which no head has a slice, as the latents of latent attention."""
     names = [p.module_name for p in placed if p.layer == layer]
     if any(isinstance(model.get_submodule(name), nn.MultiheadAttention) for name in names):
         return []
@@ -167,7 +167,7 @@ def _shared_by_all_heads(model: nn.Module, placed: Sequence[Projection], layer: 
 
 
 def load_model(source: str) -> nn.Module:
-    """A model from ``package.module:function`` (called without arguments) or a local ``from_pretrained`` folder.
+    """A model from ``package.module:function``, called without arguments, or a ``from_pretrained`` folder.
 
     Raises:
         ValueError: If the source is neither, or gives no module.

@@ -1,4 +1,4 @@
-"""The heads of one attention module: separate, fused, packed and latent projections, checked against their shapes."""
+"""The heads of one attention module (separate, fused, packed or latent), checked against its shapes."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def place_packed(name: str, module: nn.MultiheadAttention) -> HeadMap:
 
 
 def place_latent(model: nn.Module, name: str, module: nn.Module) -> HeadMap:
-    """The heads of a latent attention (DeepSeek-V2, arXiv:2405.04434), whose keys and values share an up-projection.
+    """The heads of a latent attention (DeepSeek-V2, arXiv:2405.04434); keys and values share a projection.
 
     Raises:
         ArchitectureError: If a part is missing, or a size is not what the heads need.
@@ -198,7 +198,7 @@ def _place_fused(
 
 
 def _output(model: nn.Module, name: str, module: nn.Module) -> str:
-    """Path of the output projection: a child, or a neighbour as in BERT (`self` beside `output.dense`).
+    """Path of the output projection: a child, or a sibling as in BERT (`self` and `output.dense`).
 
     Raises:
         ArchitectureError: If there is none.

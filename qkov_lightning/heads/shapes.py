@@ -1,4 +1,4 @@
-"""What a model says of its attention: sizes of linear modules, numbers in a config, and the words of a refusal."""
+"""What a model says of its attention: sizes of linear modules, numbers in a config, words of a refusal."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def child_of(module: nn.Module, path: str) -> nn.Module | None:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether a module is a linear map of features: ``nn.Linear``, a wrapper of one, or the ``Conv1D`` of GPT-2."""
+    """Whether a module is a linear map: ``nn.Linear``, a wrapper of one, or the ``Conv1D`` of GPT-2."""
     if module is None:
         return False
     weight = getattr(module, "weight", None)

@@ -82,9 +82,9 @@ def verify_projections(
     projection, a cell passes if
 
     - Q, K: mixing the slice moves :math:`s_h` of exactly its head, or group of heads. The score of one query
-      token must hang on the Q slice at one token, and on the K slice at several.
+      token must depend on the Q slice at one token, and on the K slice at several.
     - V: mixing the slice moves :math:`\partial x / \partial p_h` of exactly its head or group, and no score.
-    - O: the claimed features of x hang on :math:`p_h` of exactly its head.
+    - O: the claimed features of x depend on :math:`p_h` of exactly its head.
 
     The mixes are infinitesimal rotations that keep the sum and the length of the slice, so that a
     normalisation over all heads does not carry them to other heads.

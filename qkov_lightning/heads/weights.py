@@ -88,7 +88,10 @@ def find_weight(model: nn.Module, projection: Projection) -> ProjectionWeight:
 def by_head(
     values: Float[Tensor, "row column"], projection: Projection, weight: ProjectionWeight
 ) -> Float[Tensor, "head weight"]:
-    """Values of a weight's shape, in the order of ``head_gradients``: (own feature, feature of the other side)."""
+    """Values of a weight's shape, in the order of ``head_gradients``.
+
+    The weights of a head are ordered (own feature, feature of the other side).
+    """
     features: Int[Tensor, flat] = projection.head_features.flatten().to(values.device)
     own = values.index_select(weight.axis, features)
     return (own if weight.axis == 0 else own.T).reshape(projection.num_heads, -1)

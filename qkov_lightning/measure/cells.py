@@ -75,7 +75,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class SamplePair:
-    """Two samples that interfere in one cell: ``sample_a`` of ``task_a`` is hurt by ``sample_b`` of ``task_b``."""
+    """Two samples that interfere in a cell: ``sample_b`` of ``task_b`` hurts ``sample_a`` of ``task_a``."""
 
     task_a: str
     sample_a: str

@@ -25,7 +25,7 @@ from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.streaming import CacheReader, head_gradients_of
 
 DIGITS = 6
-"""Significant digits of a replicate, so that a file of them stays small: far more than a standard error has."""
+"""Significant digits of a replicate: far more than a standard error has, and a small file."""
 
 
 def jackknife_replicates(
@@ -109,7 +109,9 @@ def num_groups_of(samples: Iterable[Samples]) -> int:
 def left_out_together(
     tasks: Sequence[str], groups: Sequence[str | None], num_groups: int
 ) -> Int[Tensor, sample]:
-    """Which samples are left out together: neighbours, of each task an equal share, and never a part of a group.
+    """Which samples are left out together.
+
+    Neighbours, of each task an equal share, and never a part of a group.
 
     Neighbours rather than samples dealt out in turn: where the samples of a document follow one another, they
     stay together though nobody named the document.

@@ -80,7 +80,8 @@ def probe_interference(
         task_of: Batch key, or function of the batch, that gives the task of each sample.
         sample_id_of: The same for sample identifiers.
         num_target_tokens_of: The same for target tokens, where the loss does not show them.
-        group_of: The same for the group of each sample (its document, its user), which is left out as a whole.
+        group_of: The same for the group of each sample (its document, its user), which is left out as a
+            whole.
         projections: Head map; found by ``find_projections`` by default.
         settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
         processes: Those that measure together, each some layers.

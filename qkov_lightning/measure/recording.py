@@ -1,7 +1,6 @@
 """The recording of a training run: its taps and its store, from the first step to the last, over restarts.
 
-What goes wrong with the disk never stops training: the recording switches itself off, in all processes, and
-says so.
+An error of the disk never stops training: the recording switches itself off in all processes, with a warning.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ NOTHING_STORED = {"cache": "", "fisher_step": 0, "storage": ""}
 def is_captured(batch: int, every_n_steps: int) -> bool:
     """Whether a batch is the one that is captured of its window of ``every_n_steps`` batches.
 
-    The first batch of the run, and then one at random in each window, the same in every process and after every
-    restart: tasks that take turns would otherwise meet the same place of every window, or never.
+    The first batch of the run, and then one at random in each window, the same in every process and after
+    every restart: tasks that take turns would otherwise meet the same place of every window, or never.
     """
     window, place = divmod(batch, every_n_steps)
     return place == (random.Random(f"window {window}").randrange(every_n_steps) if window else 0)
@@ -95,7 +94,7 @@ class Recording:
         processes: Processes,
         state: Mapping[str, Any] | None,
     ) -> None:
-        """Open the store of a new run, or of the run that a checkpoint belongs to, in all processes or in none.
+        """Open the store of a new run, or of that of a checkpoint, in all processes or in none.
 
         Args:
             directory: Holds a folder for each run.

@@ -72,7 +72,8 @@ class EmpiricalFisher:
 
         After the m steps that hold samples of a task, the recursion has become a sum over samples:
 
-        .. math:: F_t \leftarrow \beta^m F_t + \sum_{j=1}^{m} (1 - \beta) \beta^{m - j} \operatorname{mean}_{i \in j} g_i^2
+        .. math:: F_t \leftarrow \beta^m F_t
+                  + \sum_{j=1}^{m} (1 - \beta) \beta^{m - j} \operatorname{mean}_{i \in j} g_i^2
 
         Args:
             blocks: Per-sample gradients of all samples, block after block along the last axis.

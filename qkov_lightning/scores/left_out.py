@@ -1,8 +1,8 @@
 r"""Interference without each sample, with the Fisher of the rest: exact, in time linear in the samples.
 
-The sample also leaves the Fisher, :math:`I_{-i} = I - s_i (C_i - \bar C_t)`, where it has a share. A sample that
-dominates its task moves numerator and denominator together, which no derivative describes: a standard error from
-derivatives would be several times too small or too large.
+The sample also leaves the Fisher, :math:`I_{-i} = I - s_i (C_i - \bar C_t)`, where it has a share. A sample
+that dominates its task moves numerator and denominator together, which no derivative describes: a standard
+error from derivatives would be several times too small or too large.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class HeadInterference(Metric):
         tasks: Names of the tasks, in the order of the result's axes.
         num_layers: Number of attention layers.
         num_heads: Largest number of heads of any block.
-        settings: What the scores depend on beside the gradients.
+        settings: What the scores depend on apart from the gradients.
         **kwargs: As for every :class:`torchmetrics.Metric`.
 
     Raises:
@@ -114,9 +114,9 @@ class HeadInterference(Metric):
             weights: Where only some weights of each head were kept, in independent samples one after the
                 other: how many weights each one stands for, over all samples. The sampling error is added to
                 the standard errors.
-            fisher_shares: Share of each sample's square in the Fisher, as from :meth:`EmpiricalFisher.shares`: the
-                standard errors then include that the Fisher varies with the samples. It is taken as known without
-                them.
+            fisher_shares: Share of each sample's square in the Fisher, as from
+                :meth:`EmpiricalFisher.shares`: the standard errors then include that the Fisher varies with
+                the samples. It is taken as known without them.
             groups: Group of each sample, counted from 0. Samples of one group (of one document, say) may vary
                 together; every sample is a group of its own without them.
 

@@ -17,7 +17,7 @@ MIN_SAMPLES = 2
 """A task with fewer samples in a slice has no score there: a variance needs two."""
 
 MAX_TASKS_IN_FISHER = 16
-"""With more tasks, what one sample moves the pooled Fisher by is too little to matter for a standard error."""
+"""With more tasks, one sample moves the pooled Fisher too little to matter for a standard error."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class Estimate:
 
     Attributes:
         value: The score.
-        variance: Its sampling variance over samples of both tasks, and over all samples that the Fisher holds.
+        variance: Its sampling variance over samples of both tasks, and over all samples that the Fisher
+            holds.
     """
 
     value: Float[Tensor, "task_a task_b head"]
@@ -35,7 +36,9 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class SliceStatistics:
-    r"""What the scores are made of: sums over weights, per sample, in float64. The samples stand in the order of their tasks.
+    r"""What the scores are made of: sums over weights, per sample, in float64.
+
+    The samples stand in the order of their tasks.
 
     Attributes:
         membership: 1 where a sample belongs to a task.
@@ -52,8 +55,8 @@ class SliceStatistics:
         slope_influence: How the mean response of each task t to the direction of a sample's own task moves
             with that sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
         curvature_influence: The same of the mean squared response.
-        left_out: :math:`\langle \bar u_a, \bar v_b \rangle` without each sample, and with the Fisher of the rest;
-            None where the Fisher is known.
+        left_out: :math:`\langle \bar u_a, \bar v_b \rangle` without each sample, and with the Fisher of the
+            rest; None where the Fisher is known.
         groups: Group of each sample, counted from 0: samples of one group vary together.
         step_size: Length of the step along the update direction.
     """
@@ -142,9 +145,9 @@ class SliceStatistics:
 
         .. math:: \sum_g \Big( \sum_{i \in g} c_i \, \psi_i \Big)^2
 
-        with :math:`\psi_i` of mean zero over the task of sample i, summed over each group g of samples (Liang & Zeger
-        1986), and :math:`c_i^2 = n / (n - 1)` with the n groups of its task. Every sample is a group of its own where
-        none are given.
+        with :math:`\psi_i` of mean zero over the task of sample i, summed over each group g of samples (Liang
+        & Zeger 1986), and :math:`c_i^2 = n / (n - 1)` with the n groups of its task. Every sample is a group
+        of its own where none are given.
         """
         grouped = influence.new_zeros(int(self.groups.max()) + 1, *influence.shape[1:])
         grouped.index_add_(0, self.groups, influence * self._correction())
@@ -198,8 +201,8 @@ def slice_statistics(
         weights: How many weights of the slice each one stands for, where only some were kept.
         num_replicates: Independent samples of the weights of each head, which stand side by side as if they
             were heads.
-        fisher_shares: Share of each sample's square in the Fisher, which varies with the samples; a Fisher without
-            them is known.
+        fisher_shares: Share of each sample's square in the Fisher, which varies with the samples; a Fisher
+            without them is known.
         groups: Group of each sample, counted from 0; every sample is one of its own without them.
 
     Returns:

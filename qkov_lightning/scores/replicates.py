@@ -45,7 +45,9 @@ def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: 
 
 
 def leave_out_replicates(statistics: SliceStatistics, num_replicates: int) -> SliceStatistics:
-    """Means of the statistics over replicates: over all of them, and over all but each one, side by side as if they were heads.
+    """Means of the statistics over replicates.
+
+    Over all of them, and over all but each one, side by side as if they were heads.
 
     Args:
         statistics: Statistics in which the replicates of a head stand side by side as if they were heads.

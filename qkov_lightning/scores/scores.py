@@ -5,7 +5,7 @@ i's own loss, :math:`C_i = g_i^2` its contribution, :math:`I` the Fisher pooled 
 
 .. math:: u_i = C_i / (I + \epsilon), \qquad v_j = |g_j|, \qquad M_{ij} = \langle u_i, v_j \rangle .
 
-Beside it stands the update :math:`-u_B` that an optimiser would take along the mean gradient of task B
+Some scores use the update :math:`-u_B` that an optimiser would take along the mean gradient of task B
 (:func:`~qkov_lightning.scores.updates.update_rate`), and what it does to the losses of A's samples,
 :math:`\langle g_i, u_B \rangle`.
 
@@ -244,12 +244,12 @@ def head_interference(
         update: Direction in which a task updates the weights, see
             :func:`~qkov_lightning.scores.updates.update_rate`.
         step_size: Length of the step along it: the learning rate times the number of steps.
-        fisher_shares: Share of each sample's square in the Fisher, as from :meth:`EmpiricalFisher.shares`, which
-            standard errors then allow for; the Fisher is taken as known without them.
+        fisher_shares: Share of each sample's square in the Fisher, as from :meth:`EmpiricalFisher.shares`,
+            which standard errors then allow for; the Fisher is taken as known without them.
         groups: Group of each sample, counted from 0, if samples of one group are not independent.
 
     Returns:
-        For each (task_a, task_b): the scores by name, and beside each ``<score>_standard_error``. NaN
+        For each (task_a, task_b): the scores by name, and for each one ``<score>_standard_error``. NaN
         where a task has fewer than two samples.
 
     Raises:

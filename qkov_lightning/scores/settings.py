@@ -1,4 +1,4 @@
-"""What the scores depend on beside the gradients: one value, from the user's YAML to the formula."""
+"""What the scores depend on apart from the gradients: one value, from the user's YAML to the formula."""
 
 from __future__ import annotations
 

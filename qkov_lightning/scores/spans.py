@@ -1,4 +1,7 @@
-"""Sums over the gradients of a slice, some weights of all samples at a time: pure functions that a processor's caches can follow."""
+"""Sums over the gradients of a slice, some weights of all samples at a time.
+
+Pure functions that a processor's caches can follow.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +108,7 @@ class SamplesByTask:
             raise ValueError(f"Gradients of {start} weights a head, but a Fisher of {self._num_weights}.")
 
     def _buffers(self, source: Tensor) -> list[Tensor]:
-        """Memory for three tensors, the same at every call: fresh memory costs more than what is done with it."""
+        """Memory for three tensors, the same at every call: fresh memory costs more than the arithmetic."""
         shape = (len(self._order), *source.shape[1:])
         if self._memory is None or self._memory.shape[1] < math.prod(shape):
             self._memory = source.new_empty(3, math.prod(shape))

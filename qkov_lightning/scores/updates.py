@@ -22,7 +22,7 @@ def damped(
     damping: float,
     weights: Float[Tensor, "head weight"] | None = None,
 ) -> Float[Tensor, "*any weight"]:
-    r""":math:`I + \epsilon`, the damping relative to the (weighted) mean over the slice, so that units cancel."""
+    r""":math:`I + \epsilon`, with a damping relative to the (weighted) mean over the slice."""
     if weights is None:
         return fisher + damping * fisher.mean(dim=-1, keepdim=True)
     mean = (fisher * weights).sum(dim=-1, keepdim=True) / weights.sum(dim=-1, keepdim=True)
@@ -116,7 +116,8 @@ class UpdateDirections:
     ) -> Float[Tensor, "sample head"]:
         r"""Inner product of each sample of a task with the direction of the task's other samples.
 
-        .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1} \Big(\frac{q - g_i^2}{n - 1} + \epsilon_{-i}\Big)^{-1/2} \Big\rangle
+        .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1}
+                  \Big(\frac{q - g_i^2}{n - 1} + \epsilon_{-i}\Big)^{-1/2} \Big\rangle
 
         with the sums s and q over the n samples of their gradients and squares. Where the others have no
         gradient at all, neither has their direction.
@@ -135,7 +136,7 @@ class UpdateDirections:
         if not self._is_adaptive:
             return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
         rest_square = torch.sub(self._square_sum[task], own.square, out=own.square)
-        # Beside a sample that dwarfs the others, their squares drown in rounding: they are no less than the
+        # Next to a sample that dwarfs the others, their squares drown in rounding: they are no less than the
         # square of their sum allows (Cauchy-Schwarz).
         torch.maximum(rest_square, rest.square_().div_(others), out=rest_square)
         damping = count * self._epsilon[task][:, 0] - self._damping * own.slice_square

@@ -74,7 +74,7 @@ class GradientCache:
         self._evict()
 
     def keep_from(self, step: int) -> None:
-        """Keep all records of ``step`` and later, beyond the budget too: the Fisher does not hold them yet."""
+        """Keep all records of ``step`` and later, also beyond the budget: the Fisher lacks them."""
         self._unfolded_from = step
 
     def unfolded(self) -> list[CacheRecord]:
@@ -151,7 +151,7 @@ class GradientCache:
             self._own = [record for record in self._own if record.path in paths]
 
     def _within_bytes(self, records: Sequence[CacheRecord]) -> list[CacheRecord]:
-        """The newest records of one process that fit into its window, those of a task with few samples first."""
+        """The newest records of one process that fit into its window; tasks with few samples come first."""
         left = sorted(records, key=lambda record: record.path.name)
         if sum(record.num_bytes for record in left) <= self._window_bytes:
             return left

@@ -1,4 +1,4 @@
-"""The processes of a run: what they share, and how all of them stop or none. A single process is one of one."""
+"""The processes of a run: what they share, and how all of them stop or none."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that measure together; every method is called by all of them, or they wait for each other.
+    """The processes that measure together.
+
+    Every method is called by all of them, or they wait for each other.
 
     Attributes:
         rank: This process. It takes every ``count``-th layer.

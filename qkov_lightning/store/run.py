@@ -1,4 +1,4 @@
-"""What one run keeps on disk: captured steps, sampled weights and Fishers, over all processes and restarts."""
+"""What one run keeps on disk, over all processes and restarts: captured steps, weights and Fishers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Storage = Literal["auto", "factors", "sampled"]
 
 
 class RunStore:
-    """The cache of a run with its writer, and beside it the sampled weights and a Fisher for each measurement.
+    """The cache of a run, its writer, the sampled weights, and a Fisher for each measurement.
 
     Args:
         directory: Of this run and no other.
@@ -112,7 +112,7 @@ class RunStore:
 
     @property
     def fold_is_due(self) -> bool:
-        """Whether the budget ends soon for steps that the Fisher does not hold: in all processes or in none."""
+        """Whether the budget ends soon for steps that the Fisher does not hold, the same in all processes."""
         return bool(self.chosen) and self._since_fold >= self._fold_every
 
     def drain(self) -> tuple[int, int]:
@@ -170,7 +170,7 @@ class RunStore:
         return captured if usable else []
 
     def _smaller(self, size: StepSize) -> str:
-        """What fits into the budget, said aloud."""
+        """What fits into the budget; the choice is logged."""
         budget = self._max_bytes // 2  # the other half is for what checkpoints need
         num_tasks = max(2, len(size.tasks))  # batches may hold one task each
         needed = size.bytes_per_sample * self._max_samples_per_task * num_tasks

@@ -1,4 +1,4 @@
-"""What a measurement reads: the samples of a cache, the weights that it kept of them, and the Fisher so far."""
+"""What a measurement reads: the samples of a cache, the weights that it kept, and the Fisher so far."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Per-sample gradients of heads, streamed from the cache in bounded memory.
 
-Beside the model, a measurement needs ``HELD_BYTES`` for gradients, the Fisher of one projection, and the
+Apart from the model, a measurement needs ``HELD_BYTES`` for gradients, the Fisher of one projection, and the
 factors that one module has in two captured steps, whatever the number of samples. A head whose gradients are
 larger is taken in pieces, some of its features at a time, which are made again for every pass.
 """

@@ -1,4 +1,4 @@
-"""Where the results of a run go: a folder, or a place that only fsspec knows, as for Lightning's own checkpoints."""
+"""Where the results of a run go: a folder, or an URL that fsspec knows, as for Lightning's checkpoints."""
 
 from __future__ import annotations
 

@@ -155,8 +155,10 @@ def _with_errors(heatmap: InterferenceHeatmap, cell: Cell, scores: Iterable[str]
 def plus_minus(value: float, error: float) -> str:
     """A value with its standard error, both to the first digit of the error.
 
-    >>> plus_minus(16.93, 12.4), plus_minus(0.53712, 0.0314), plus_minus(-0.01, 0.3), plus_minus(float("nan"), 1.0)
-    ('17 ± 12', '0.54 ± 0.03', '0.0 ± 0.3', 'no data')
+    >>> plus_minus(16.93, 12.4), plus_minus(0.53712, 0.0314)
+    ('17 ± 12', '0.54 ± 0.03')
+    >>> plus_minus(-0.01, 0.3), plus_minus(float("nan"), 1.0)
+    ('0.0 ± 0.3', 'no data')
     """
     if math.isnan(value):
         return "no data"
@@ -220,7 +222,7 @@ def print_beside_bar(bar: Any, renderable: RenderableType) -> None:
 def progress_task(bar: Any, total: int) -> Iterator[Callable[[], None]]:
     """One task in the trainer's own progress bar; nothing where the user switched the bar off.
 
-    A bar of our own beside Lightning's would fight over the same lines.
+    A second bar would draw over the lines of Lightning's.
 
     Args:
         bar: The trainer's progress bar callback, or None.

@@ -14,7 +14,7 @@ STATISTIC = re.compile(rf"(.+__.+/)?(({'|'.join(SCORES)})_)?(mean|min|max)")
 
 
 def watched_scalars(trainer: Trainer, name: str) -> dict[str, str]:
-    """Scalars of a monitor that callbacks and learning rate schedulers watch, and whether they wait for "min" or "max".
+    """Scalars of a monitor that callbacks and schedulers watch, and whether they wait for "min" or "max".
 
     Args:
         trainer: Holds EarlyStopping, ModelCheckpoint, ReduceLROnPlateau and the like.
@@ -33,8 +33,8 @@ def watched_scalars(trainer: Trainer, name: str) -> dict[str, str]:
 def stand_in(trainer: Trainer, name: str) -> None:
     """Give those who watch a scalar that has no value yet the worst one, which no logger sees.
 
-    Without it, EarlyStopping, ModelCheckpoint and ReduceLROnPlateau stop the training at the first validation that
-    ends before both tasks were captured. The first real value is better than this one, whatever it is.
+    Without it, EarlyStopping, ModelCheckpoint and ReduceLROnPlateau stop the training at the first validation
+    that ends before both tasks were captured. The first real value is better than this one, whatever it is.
     """
     worst = torch.finfo(torch.float32).max
     for key, mode in watched_scalars(trainer, name).items():

@@ -1,4 +1,4 @@
-"""What a heatmap costs: against the training on the same samples, and against a loop over pairs of samples."""
+"""What a heatmap costs, compared with training on the same samples and with a loop over pairs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bench_validation_pass(storage: str, benchmark: Callable, report: Callable, t
 
 
 def bench_loop_over_pairs(benchmark: Callable, report: Callable) -> None:
-    """100 samples of each of two tasks, 2 layers x 4 heads x 4 blocks, everything in memory, no extrapolation."""
+    """100 samples of each of two tasks, 2 layers x 4 heads x 4 blocks, all in memory, no extrapolation."""
     model = qwen3(num_layers=2, hidden=128, intermediate=256, num_heads=4, num_kv_heads=4, head_dim=32)
     projections = find_projections(model)
     gradients, tasks = _gradients(model, projections, num_samples=200)

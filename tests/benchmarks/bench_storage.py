@@ -19,7 +19,7 @@ from qkov_lightning.capture.gradients import dense_gradients
 def bench_factors_against_whole_gradients(
     precision: str, benchmark: Callable, report: Callable, tmp_path: Path
 ) -> None:
-    """One attention layer in the shape of Qwen3-1.7B, 2 samples of 128 tokens; both in the precision of the model."""
+    """One attention layer in the shape of Qwen3-1.7B, 2 samples of 128 tokens, in the model's precision."""
     model = qwen3(num_layers=1, hidden=2048, intermediate=64).to(getattr(torch, precision))
     batch = batch_of(2)
     with GradientCapture(model, find_projections(model)) as capture:
@@ -44,7 +44,10 @@ def bench_factors_against_whole_gradients(
 
 @pytest.mark.parametrize("storage", STORAGES)
 def bench_bytes_of_a_sample(storage: str, benchmark: Callable, report: Callable, tmp_path: Path) -> None:
-    """Two layers of Qwen3-0.6B, times 14: every layer takes the same. A step of 16 samples shares one header."""
+    """Two layers of Qwen3-0.6B, times 14: every layer takes the same.
+
+    A step of 16 samples shares one header.
+    """
     cache = benchmark.pedantic(
         written_cache, (qwen3(num_layers=2), [batch_of(16)], tmp_path, storage), rounds=1
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks of the scores share: the demo's model and texts, per-sample gradients, training in one cell."""
+"""What the benchmarks of the scores share: model and texts of the demo, training in one cell."""
 
 from __future__ import annotations
 

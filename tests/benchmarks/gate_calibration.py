@@ -101,7 +101,7 @@ def gradients_of(model: nn.Module, samples: Sequence[Tensor]) -> Tensor:
 
 
 def scores_of(square: Tensor, absolute: Tensor, mean: Tensor) -> dict[str, Tensor]:
-    """Scores [task, task, ..., layer, head, block] from means over samples [task, ..., layer, block, head, weight]."""
+    """Scores [task, task, ..., layer, head, block] from means [task, ..., layer, block, head, weight]."""
     fisher = square.mean(dim=0)
     inverse = 1 / (fisher + DAMPING * fisher.mean(dim=-1, keepdim=True))
     relative = torch.einsum("a...k,...k,b...k->ab...", square, inverse, absolute) / absolute.sum(dim=-1)

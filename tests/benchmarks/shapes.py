@@ -1,4 +1,7 @@
-"""Randomly initialised models in the shapes of known ones, with a small vocabulary by default: nothing is captured there."""
+"""Randomly initialised models in the shapes of known ones, with a small vocabulary by default.
+
+Nothing is captured there.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,9 @@
 
     python tests/benchmarks/standard_errors.py
 
-Prints, for each score, the range over cells of (root mean square of the standard errors / standard deviation of the
-score over runs): pairs of two tasks, and in brackets pairs within one task. 200 runs tell a ratio to 5%.
+Prints, for each score, the range over cells of (root mean square of the standard errors / standard deviation
+of the score over runs): pairs of two tasks, and in brackets pairs within one task. 200 runs tell a ratio to
+5%.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ STREAMS = ((32, 0.0, 10**9), (128, 0.0, 10**9), (128, 0.95, 8), (128, 0.95, 2))
 
 
 def gradients(generator: torch.Generator, num_samples: int, task: int, kind: str) -> Tensor:
-    """Per-sample gradients of two heads: a mean, noise of full or low rank, and weights of different sizes."""
+    """Per-sample gradients of two heads.
+
+    A mean, noise of full or low rank, and weights of different sizes.
+    """
     fixed = torch.Generator().manual_seed(100 + task)
     mean = 0.3 * torch.randn(2, NUM_WEIGHTS, generator=fixed)
     scale = torch.randn(2, NUM_WEIGHTS, generator=fixed).exp()

@@ -48,7 +48,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
 
 
 def ratio(variant: Times, base: Times, rounds: Iterable[int] | None = None) -> Ratio:
-    """Median over rounds of the ratio within a round: the machine may be slower in some rounds than in others."""
+    """Median over rounds of the ratio within a round: the machine may be slower in some rounds."""
     chosen = range(len(base.wall)) if rounds is None else list(rounds)
     return Ratio(
         median(variant.wall[i] / base.wall[i] for i in chosen),

@@ -1,4 +1,4 @@
-"""Which score predicts harm? Every score against the measured rise of task A's loss after training on B in ONE cell.
+"""Which score predicts harm? Scores against the rise of A's loss after training on B in ONE cell.
 
 A model is trained on task A, half-way or until it converged. Then, for every cell of the attention, task B is
 trained in this cell alone, by one step of SGD or by k steps of Adam, and the loss of A is measured on windows
@@ -76,7 +76,7 @@ def measured_rises(model: nn.Module, texts: Texts, a: str, b: str, seed: int) ->
 
 
 def predictions(gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Every score and anchor of every pair of tasks and cell, the larger the worse: ``[task_a, task_b, cell]``."""
+    """Every score and anchor of every task pair and cell, the larger the worse: ``[task, task, cell]``."""
     fisher = torch.stack([own.square().mean(dim=0) for own in gradients.values()]).mean(dim=0)
     indices = torch.arange(len(TASKS)).repeat_interleave(NUM_SAMPLES)
     samples = [torch.cat(list(gradients.values()))]

@@ -257,7 +257,7 @@ def test_a_model_whose_projections_are_all_frozen_is_refused() -> None:
 
 
 def test_reentrant_checkpoints_are_refused_or_named() -> None:
-    """``torch.autograd.grad`` does not go into them, and a backward pass would touch the gradients of the model."""
+    """``torch.autograd.grad`` does not enter them, and a backward pass would touch the model's gradients."""
     with pytest.raises(ValueError, match=r"reentrant checkpoints.*Use `use_reentrant=False`"):
         check(without_dropout(Checkpointed(reentrant=True)))
     assert check(without_dropout(Checkpointed(reentrant=False))).passed

@@ -190,7 +190,7 @@ def t5() -> tuple[nn.Module, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("family", [llama, t5])
 def test_a_padded_batch_of_a_language_model_is_right_by_default(family: Callable[[], Any]) -> None:
-    """Called a mean over samples, the gradients of short samples were several times too small, without a word."""
+    """Called a mean over samples, the gradients of short samples were several times too small."""
     model, batch = family()
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,6 @@
-"""Started by test_distributed.py in a fresh process: trains in forked groups of processes, and leaves heatmaps behind.
+"""Started by test_distributed.py in a fresh process.
+
+Trains in forked groups of processes, and leaves heatmaps behind.
 
 The processes are this script's own children, as an elastic launcher would start them: nobody ends one because
 the other has died.

@@ -1,4 +1,7 @@
-"""Started by test_freezer.py in a fresh process: trains on two processes, and leaves the cells' values behind."""
+"""Started by test_freezer.py in a fresh process.
+
+Trains on two processes, and leaves the cells' values behind.
+"""
 
 from __future__ import annotations
 

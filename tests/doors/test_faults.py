@@ -1,4 +1,4 @@
-"""Whatever breaks, training goes on, one warning says what happened, and the numbers say what they rest on."""
+"""Whatever breaks, training goes on, one warning says what happened, and the numbers stay honest."""
 
 from __future__ import annotations
 

@@ -267,7 +267,7 @@ def test_a_resumed_run_gives_the_heatmap_of_one_that_never_stopped(tmp_path: Pat
 def test_a_checkpoint_whose_cache_is_gone_starts_a_new_one_and_says_so(
     tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a name, as after the monitor has switched itself off, it is neither the working directory nor the old cache."""
+    """Without a name, as after the monitor switched itself off, it is no folder that exists."""
     first = InterferenceMonitor(every_n_steps=1, cache_dir=tmp_path / "cache")
     resumable(tmp_path / "first", first, 1).fit(Module(), loader(24, ids=False), loader(8))
     state = first.state_dict()

@@ -126,7 +126,10 @@ def test_gradients_that_are_asked_for_before_the_backward_pass() -> None:
 
 
 def test_gradients_that_are_only_asked_for() -> None:
-    """As where the surgery writes ``.grad`` itself: what was asked for, once for each task, is the gradient."""
+    """As where the surgery writes ``.grad`` itself.
+
+    What was asked for, once for each task, is the gradient.
+    """
     model = grouped()
     with GradientCapture(model, find_projections(model), "sum") as capture:
         capture.start()

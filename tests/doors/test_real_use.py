@@ -1,4 +1,7 @@
-"""What people do with a Trainer around the monitor: tasks in turn, early ends, callbacks that wait, tuning, odd paths."""
+"""What people do with a Trainer around the monitor.
+
+Tasks in turn, early ends, callbacks that wait, tuning, odd paths.
+"""
 
 from __future__ import annotations
 

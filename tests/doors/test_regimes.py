@@ -109,7 +109,7 @@ def test_a_gradient_scaler_and_accumulation_are_both_undone(tmp_path: Path) -> N
 
 
 class TokenMean(Module):
-    """Next-token prediction over 1 to 4 target tokens a sample, as the loss of a language model counts them."""
+    """Next-token prediction over 1 to 4 target tokens a sample, counted as language models do."""
 
     def __init__(self) -> None:
         super().__init__(learning_rate=0.0, network=Classifier([GroupedAttention()], width=10, classes=11))
@@ -239,7 +239,10 @@ def test_blocks_frozen_in_one_step_are_captured_in_the_next() -> None:
 
 
 def test_a_gradient_that_an_earlier_step_left_behind_is_no_alarm() -> None:
-    """Alternating optimisers, and accumulation over branches: a block that does not run still has its old gradient."""
+    """Alternating optimisers, and accumulation over branches.
+
+    A block that does not run still has its old gradient.
+    """
     model = grouped()
     with GradientCapture(model, find_projections(model)) as capture:
         functional.cross_entropy(model(TOKENS), TARGETS).backward()
@@ -251,7 +254,7 @@ def test_a_gradient_that_an_earlier_step_left_behind_is_no_alarm() -> None:
 
 
 class Adversarial(Module):
-    """A generator and a critic, both with attention, that learn in turn within each step, each frozen meanwhile."""
+    """A generator and a critic, both with attention, that learn in turn within each step."""
 
     def __init__(self) -> None:
         super().__init__(learning_rate=0.0)
@@ -289,7 +292,7 @@ class Adversarial(Module):
 
 
 def test_two_optimisers_that_freeze_each_others_blocks(tmp_path: Path) -> None:
-    """As in a GAN. Each part is measured by its own loss only, though the generator's passes through the critic."""
+    """As in a GAN: each part is measured by its own loss, though the generator's passes the critic."""
     module, monitor = fit(tmp_path, Adversarial())
     module = module.double()
     samples, names = Samples(24), [("math", "code")[n % 2] for n in range(24)]

@@ -212,7 +212,7 @@ def test_noise_of_the_size_of_the_standard_errors_is_no_drift() -> None:
 
 
 def heavy_tailed(generator: torch.Generator, means: torch.Tensor, num_samples: int) -> dict:
-    """Scores of fresh per-sample gradients whose scale varies by an order of magnitude, shared by all heads."""
+    """Scores of fresh per-sample gradients whose scale varies tenfold, the same in all heads."""
     gradients = []
     for mean in means:
         scale = torch.randn(num_samples, 1, 1, generator=generator).exp()
@@ -323,7 +323,10 @@ def test_a_heatmap_can_say_that_its_standard_errors_have_fewer_degrees_of_freedo
 
 
 def with_replicates(heatmap: InterferenceHeatmap, noise: dict, samples: str | None) -> InterferenceHeatmap:
-    """Values and replicates that share ``noise``: per group of samples, as a jackknife of a mean would see it."""
+    """Values and replicates that share ``noise``.
+
+    Per group of samples, as a jackknife of a mean would see it.
+    """
     scores, replicates, errors = {}, {}, {}
     for name, values in heatmap.scores.items():
         groups = noise[name]
@@ -347,7 +350,7 @@ def noise_of(seed: int, size: float, shared_by_all_cells: bool = False) -> dict:
 
 
 def test_what_the_same_samples_have_in_common_cancels() -> None:
-    """Noise of 0.25 a cell, of which all but 0.01 belongs to the samples, hides a rise of 0.3 from other samples."""
+    """Noise of 0.25 a cell, nearly all of it the samples', hides a rise of 0.3 from other samples."""
     baseline = make_heatmap()
     worse = changed(baseline, "relative", (0, 1, 1, 3, 3), 0.3)
     noise, jitter = noise_of(1, 1.0), noise_of(2, 0.04)
@@ -374,7 +377,10 @@ def test_groups_of_other_sizes_are_not_compared_one_by_one() -> None:
 
 
 def test_the_mean_of_a_block_is_as_sure_as_the_replicates_of_the_same_samples_say() -> None:
-    """Noise that all cells share does not average out; noise of each cell's own does. Of others, the worst is taken."""
+    """Noise that all cells share does not average out; noise of each cell's own does.
+
+    Of others, the worst is taken.
+    """
     for shared, samples, expected in (
         (True, "a", 1.0),
         (False, "a", 1 / math.sqrt(LAYERS * HEADS)),

@@ -1,4 +1,4 @@
-"""The proof must hold for right maps and fail for wrong ones, by a measurement that shares no code with it."""
+"""The proof must hold for right maps and fail for wrong ones, by a measurement of its own."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def weight_of(model: nn.Module, projection: Projection) -> Tensor:
 def test_changing_the_weights_of_a_slice_changes_the_operand_of_its_head_alone(
     make: Callable[[], nn.Module],
 ) -> None:
-    """Finite changes of real weights, watched at the fused attention call: independent of the proof's engine."""
+    """Finite changes of real weights, watched at the fused attention call.
+
+    Independent of the proof's engine.
+    """
     model = make()
     before, _ = operands(model)
     for projection in find_projections(model):

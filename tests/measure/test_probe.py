@@ -52,7 +52,10 @@ class Attention(nn.Module):
 
 
 class Model(LightningModule):
-    """Everything that a careless measurement would disturb: dropout, batch norm, a metric, a counter, logging."""
+    """Everything that a careless measurement would disturb.
+
+    Dropout, batch norm, a metric, a counter, logging.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,7 @@
-"""A conflict in a known cell: one head's block serves task A, and task B wants something else of it, and only of it."""
+"""A conflict in a known cell.
+
+One head's block serves task A, and task B wants something else of it, and only of it.
+"""
 
 from __future__ import annotations
 

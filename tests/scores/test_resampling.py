@@ -54,7 +54,7 @@ def test_the_p_value_is_the_share_of_all_labellings() -> None:
 @pytest.mark.parametrize("sizes", [(10, 10), (5, 20), (4, 40)])
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_labels_that_do_not_matter_give_uniform_p_values(sizes: tuple[int, int], scale: float) -> None:
-    """At unequal sizes, and with losses of another scale, where a fixed Fisher and raw gradients were wrong."""
+    """At unequal sizes, and with losses of another scale."""
     gradients, is_a = draw(*sizes, cells=400)
     gradients[~is_a] *= scale
     p_values = permutation_test(gradients, is_a, num_permutations=199).p_value

@@ -102,7 +102,10 @@ def test_the_predicted_rise_of_the_loss_is_what_a_quadratic_loss_does() -> None:
 def test_one_sample_that_has_all_the_gradient_leaves_no_score_without_a_value(
     count: int, ratio: float, dtype: torch.dtype
 ) -> None:
-    """Without it the others' mean square is what rounding leaves, or nothing; their direction then is none."""
+    """Without it the others' mean square is what rounding leaves, or nothing.
+
+    Their direction then is none.
+    """
     tasks = ["a"] * count + ["b"] * 4
     size = torch.cat([torch.ones(1), torch.full((count - 1,), ratio), torch.ones(4)])
     for seed in range(10):

@@ -26,7 +26,7 @@ def run(root: Path, kills: int) -> str:
 
 
 def test_fifty_kills_change_no_number(tmp_path: Path) -> None:
-    """Every restart resumes, the cache holds whole records only, and the last heatmap is the uninterrupted one."""
+    """Every restart resumes, the cache holds whole records only, and the last heatmap is the same."""
     run(tmp_path / "straight", 0)
     assert "killed 50" in run(tmp_path / "killed", 50)
     straight = InterferenceHeatmap.load(tmp_path / "straight" / "interference" / "latest.json")

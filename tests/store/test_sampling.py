@@ -80,7 +80,7 @@ def test_every_sum_over_weights_is_unbiased_over_the_draws() -> None:
 
 
 def test_scores_from_drawn_weights_are_right_on_average_and_their_errors_cover_the_truth() -> None:
-    """The sampling error that is reported is compared with the spread over 150 draws of the same gradients."""
+    """The reported sampling error is compared with the spread over 150 draws of the same gradients."""
     exact = gradients()
     truth = head_interference(exact, TASKS, exact.square().mean(dim=0))["math", "code"]
     draws = [scored(exact, 32, 8, seed) for seed in range(150)]
@@ -207,7 +207,7 @@ def test_a_run_keeps_512_weights_of_each_head_and_stays_near_the_exact_numbers(t
 def test_auto_takes_sampled_storage_where_exact_gradients_would_not_fit(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A sample takes 25 kB exactly (6,144 weights) and 12 kB sampled (6 heads); half of the budget is for 24 of them."""
+    """A sample takes 25 kB exactly (6,144 weights), 12 kB sampled (6 heads); half of the budget holds 24."""
     with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
         for budget, expected in ((1.0, "factors"), (3e-4, "sampled")):
             auto = monitor("auto", max_cache_gb=budget, max_samples_per_task=12)
