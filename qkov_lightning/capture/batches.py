@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+IGNORED = -100
+"""Label of a token that is no target, by convention of torch and transformers."""
+
 
 def entries(batch: object) -> Iterator[Tensor | np.ndarray | list[object] | tuple[object, ...]]:
     """The tensors, arrays and lists of plain values that a batch holds, at any depth."""
@@ -34,6 +37,18 @@ def batch_size(batch: object) -> int | None:
     """First dimension of all tensors of a batch; None if they differ."""
     sizes = {len(entry) for entry in entries(batch) if isinstance(entry, (Tensor, np.ndarray)) and entry.ndim}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def target_counts(batch: object) -> tuple[int, ...] | None:
+    """Tokens of each sample that a language model would be trained on: labels, or else unmasked tokens."""
+    if not isinstance(batch, Mapping):
+        return None
+    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
+        return tuple((labels != IGNORED).flatten(1).sum(dim=1).tolist())
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        return tuple((mask != 0).sum(dim=1).tolist())
+    return None
 
 
 def fingerprints(

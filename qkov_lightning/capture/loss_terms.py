@@ -55,7 +55,8 @@ class LossTerm:
         divisors: What the result is divided by on its way to the loss, number by number.
         selected: Nonzero where an element of the whole was selected, before the loss was taken; None if all
             were.
-        is_part: Whether it reads some samples only: a loop over samples, say.
+        is_part: Whether its elements are not those of all samples, as in a loop over samples, or in
+            statistics of the batch.
         owner: The ``tap`` of the first attention layer below, if one was found.
     """
 
@@ -169,11 +170,21 @@ def _below(node: Any, num_elements: int) -> tuple[Tensor | None, bool, object]:
         if selected is None and node.name().startswith(SELECTING):
             selected = _selection(node, num_elements)
         is_part |= node.name().startswith(CUTTING) and node._saved_dim == 0 and _is_shorter(node)
+        is_part |= _mixes_rows(node)
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 todo.append(child)
     return selected, is_part, None
+
+
+def _mixes_rows(node: Any) -> bool:
+    """Whether a node takes a mean or a sum over rows, as statistics of a batch do."""
+    if not node.name().startswith(("MeanBackward1", "SumBackward1")):
+        return False
+    shape = _shape(*node.next_functions[0])
+    dims = [(dim - 2**64 if dim >= 2**63 else dim) % max(1, len(shape)) for dim in node._saved_dim]
+    return 0 in dims and len(shape) > 1 and shape[0] > 1
 
 
 def _is_shorter(node: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,13 @@ class Joining:
     reduction: LossReduction
     num_target_tokens: tuple[float, ...] | None = None
 
+    def __str__(self) -> str:
+        return {
+            "mean": "a mean over samples",
+            "token_mean": "a mean over target tokens",
+            "sum": "a sum",
+        }[self.reduction]
+
     def scales(self, num_samples: int) -> Float[Tensor, sample]:
         """Factor per sample that turns its share of the batch's gradient into that of its own loss."""
         if self.reduction == "sum":
@@ -52,6 +59,7 @@ def joining(
     choice: ReductionChoice,
     terms: Sequence[LossTerm] = (),
     token_samples: Tensor | None = None,
+    likely_counts: Callable[[], tuple[int, ...] | None] = lambda: None,
 ) -> Joining:
     """How the loss of a batch joins its samples: as the user says, or as the loss itself shows.
 
@@ -60,6 +68,8 @@ def joining(
         choice: What the user says.
         terms: Reductions that the loss consists of, for "auto".
         token_samples: Sample of every token of a packed batch.
+        likely_counts: Gives the target tokens of each sample by the look of the batch. If they differ, a loss
+            that does not show how it joins the samples is refused.
 
     Returns:
         The reduction, with the target tokens of each sample where it needs them.
@@ -87,9 +97,12 @@ def joining(
         return shown[0]
     if len(shown) > 1:
         raise ValueError(
-            f"The loss has parts that join the samples in different ways: {' and '.join(map(str, map(_described, shown)))}. "
+            f"The loss has parts that join the samples in different ways: {' and '.join(map(str, shown))}. "
             'No factor per sample undoes both. Pass the one of the main part, for example loss_reduction="token_mean".'
         )
+    if counts is None:
+        likely = likely_counts()
+        counts = None if likely is None or len(likely) != len(samples) else tuple(map(float, likely))
     if counts is not None and len(set(counts)) > 1:
         raise ValueError(
             f"The samples have {min(counts):g} to {max(counts):g} target tokens, and the loss does not show whether it is a "
@@ -132,14 +145,6 @@ def check_rows(num_rows: int, labels: Labels, terms: Sequence[LossTerm]) -> None
             f"The inputs of the projections have {num_rows} rows, but the loss is made of {whole[0].numel()} elements: "
             f"expected a multiple of the rows. {remedy}"
         )
-
-
-def _described(one: Joining) -> str:
-    return {
-        "mean": "a mean over samples",
-        "token_mean": "a mean over target tokens",
-        "sum": "a sum",
-    }[one.reduction]
 
 
 def _distinct(shown: Iterable[Joining], num_samples: int) -> list[Joining]:
@@ -199,6 +204,7 @@ def _joining_of(term: LossTerm, num_samples: int, token_samples: Tensor | None) 
         for weights in term.levels
         for i in range(weights.ndim + 1)
     }
+    sizes |= {math.prod(weights.shape[:i]) for weights in term.levels for i in range(1, weights.ndim + 1)}
     alike = {num_samples, *(weights.numel() for weights in term.levels), *sizes}
     return Joining("mean" if any(_divided_by(term, number) for number in alike) else "sum")
 

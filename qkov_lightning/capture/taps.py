@@ -10,11 +10,13 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qkov_lightning.capture.batches import target_counts
 from qkov_lightning.capture.calls import (
     Call,
     EagerModules,
@@ -360,7 +362,9 @@ class GradientCapture:
                 + "; ".join(f"`{name}`: {problem}" for name, problem in self._problems.items())
                 + f". The labels say that the batch has {num_samples} samples."
             )
-        self.joined = joining(samples, self._loss_reduction, terms, labels.token_samples)
+        self.joined = joining(
+            samples, self._loss_reduction, terms, labels.token_samples, partial(target_counts, labels.batch)
+        )
         return CapturedStep(samples, self.joined.scales(num_samples) * scale, factors)
 
     def _warn(self) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from qkov_lightning.capture.reductions import ReductionChoice
@@ -25,7 +26,7 @@ from qkov_lightning.measure.folding import fold_fisher
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.measurement import Rates, measure_interference
 from qkov_lightning.scores.settings import ScoreSettings
-from qkov_lightning.store.files import CacheError
+from qkov_lightning.store.files import CacheError, sweep
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.run import RunStore, Storage
 
@@ -65,6 +66,7 @@ class Recording:
         self.store: RunStore | None = None
         self._run_id = ""
         self._switched_off = False
+        self._joined: str | None = None
         self.has_news = False
         self._counters = dict.fromkeys(("batches", "captured_steps", "non_finite_steps"), 0)
 
@@ -114,6 +116,8 @@ class Recording:
         self._counters = {key: int(state[key]) if state else 0 for key in self._counters}
         if self.capture:
             self.capture.numbering = Counter(state["numbering"] if state else {})
+        if processes.is_first:
+            sweep(directory)
         try:
             self.store = RunStore(
                 directory / self._run_id,
@@ -174,6 +178,9 @@ class Recording:
             self.capture.discard()
         captured = [] if labels is None else self.capture.finish(labels)
         self.has_news = True
+        if self.capture.joined is not None and self._joined is None:
+            self._joined = self.capture.joined.reduction
+            rank_zero_info(f"InterferenceMonitor: the loss is {self.capture.joined}.")
         if self.store:
             try:
                 self.store.submit(step, captured, processes)

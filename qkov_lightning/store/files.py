@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+ABANDONED_SECONDS = 3600
+"""Age at which a temporary file belongs to no run that is alive: one file takes seconds."""
 
 
 class CacheError(RuntimeError):
@@ -39,6 +43,15 @@ def whole_file(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(directory: Path) -> None:
+    """Remove what killed runs left half-written below a folder."""
+    limit = time.time() - ABANDONED_SECONDS
+    for path in directory.glob("**/.*.tmp"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < limit:
+                path.unlink()
 
 
 def adopt_directory(source: Path, target: Path) -> None:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from qkov_lightning import GradientCapture, find_projections, task, verify_capture
 from qkov_lightning.capture.loss_terms import read_loss
@@ -201,6 +208,32 @@ def test_a_padded_batch_of_a_language_model_is_right_by_default(family: Callable
     assert verify_capture(
         model, batch, loss=loss, loss_reduction="token_mean"
     ).passed  # counted from the loss
+
+
+def test_a_loss_of_the_routers_of_experts_is_no_loss_of_samples() -> None:
+    """Its numbers are statistics of the batch, whose size may happen to be a multiple of the samples."""
+    tokens, labels = padded()
+    config = MixtralConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=3, num_experts_per_tok=2, output_router_logits=True,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    loss = model(input_ids=tokens, attention_mask=(labels != -100).long(), labels=labels).loss
+    counts = (labels[:, 1:] != -100).sum(dim=1).double()
+    found = joining(SAMPLES, "auto", read_loss(loss)).scales(3)
+    torch.testing.assert_close(found, counts.sum() / counts)
+
+
+def test_a_fused_loss_on_padded_samples_is_refused_without_any_help_of_the_batch() -> None:
+    model, batch = llama()
+
+    def fused(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return Opaque.apply(model(input_ids=batch["input_ids"]).logits)
+
+    with pytest.raises(ValueError, match=r"2 to 7 target tokens|3 to 8 target tokens"):
+        verify_capture(model, batch, loss=fused)
+    assert not verify_capture(model, batch, loss=fused, loss_reduction="mean").passed
+    assert verify_capture(model, batch, loss=fused, loss_reduction="sum").passed
 
 
 def test_two_forward_passes_have_a_reduction_each() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from qkov_lightning.store.files import whole_file
+from qkov_lightning.store.files import sweep, whole_file
 
 
 @pytest.mark.parametrize("error", [OSError, RuntimeError, KeyboardInterrupt])
@@ -37,3 +38,19 @@ def test_a_leftover_of_a_killed_process_is_written_over(tmp_path: Path) -> None:
             temporary.write_bytes(leftover)
     assert [one.name for one in tmp_path.iterdir()] == ["a.json"]
     assert (tmp_path / "a.json").read_text() == "well"
+
+
+def test_what_killed_runs_left_half_written_is_swept_when_it_is_old(tmp_path: Path) -> None:
+    run = tmp_path / "0a1b2c3d" / "fisher-0000000004"
+    run.mkdir(parents=True)
+    old, new, whole = (
+        run / ".0000-Q.safetensors.tmp",
+        run / ".0001-Q.safetensors.tmp",
+        run / "0002-Q.safetensors",
+    )
+    for path in (old, new, whole):
+        path.write_bytes(b"x")
+    for path in (old, whole):
+        os.utime(path, (0, 0))
+    sweep(tmp_path)
+    assert [path.exists() for path in (old, new, whole)] == [False, True, True]
