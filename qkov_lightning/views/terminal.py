@@ -243,7 +243,8 @@ def progress_task(bar: Any, total: int) -> Iterator[Callable[[], None]]:
         try:
             yield advance
         finally:
-            progress.remove_task(task)
+            # Hidden, not removed: Lightning 2.4 finds its own tasks by their place in the list.
+            progress.update(task, visible=False)
     elif enabled and hasattr(bar, "init_validation_tqdm"):  # TQDMProgressBar
         # Below the bars of training and validation.
         position = 2 * bar.process_position + 2

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from modules import Module, loader, trainer
 from torch import Tensor
+from versions import needs_sharding_on_cpu
 
 from qkov_lightning import GradientCache, InterferenceHeatmap, InterferenceMonitor
 
@@ -92,6 +93,7 @@ def test_accumulation_between_synchronisations_gives_the_same_heatmap(runs: Runs
     assert_same(runs.heatmap("one process"), runs.heatmap("ddp, accumulating"))
 
 
+@needs_sharding_on_cpu
 @pytest.mark.parametrize("mode", ["fsdp", "fsdp, uneven"])
 def test_a_fully_sharded_model_gives_the_same_heatmap(runs: Runs, mode: str) -> None:
     assert_same(runs.heatmap("one process"), runs.heatmap(mode))
@@ -106,7 +108,7 @@ def test_a_process_without_a_layer_to_score_gives_the_same_heatmap(runs: Runs) -
     assert_same(runs.heatmap("one layer, one process"), runs.heatmap("one layer"))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=needs_sharding_on_cpu)])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_distributed_training_is_bit_identical_with_and_without_the_monitor(
     runs: Runs, strategy: str, rank: int

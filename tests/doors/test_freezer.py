@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import CausalSelfAttention, Classifier, Conv1D, GroupedAttention
 from modules import Module, loader, trainer
 from torch import Tensor, nn
+from versions import WHOLE_CHECKPOINT, needs_sharding_on_cpu
 
 from qkov_lightning import ArchitectureError, HeadFreezer, InterferenceMonitor, find_projections
 from qkov_lightning.heads.weights import find_weight
@@ -318,7 +319,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
     first.fit(Optimised(adamw), loader(8))
     resumed, again = Optimised(adamw), callbacks()
     trainer(tmp_path / "b", *again, max_epochs=5).fit(
-        resumed, loader(8), ckpt_path=first.checkpoint_callback.best_model_path, weights_only=False
+        resumed, loader(8), ckpt_path=first.checkpoint_callback.best_model_path, **WHOLE_CHECKPOINT
     )
     for name, parameter in straight.named_parameters():
         assert torch.equal(parameter, resumed.get_parameter(name)), name
@@ -414,7 +415,7 @@ def test_a_cell_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, HeadFreezer(["L0.H2.K"])).fit(Module(), loader(4))
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=needs_sharding_on_cpu)])
 def test_on_two_processes(tmp_path: Path, mode: str) -> None:
     script = Path(__file__).with_name("run_freezer.py")
     environment = os.environ | {

@@ -19,6 +19,7 @@ from oracles import batch_of_one_gradients
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
+from versions import WHOLE_CHECKPOINT
 
 from qkov_lightning import (
     EmpiricalFisher,
@@ -259,7 +260,7 @@ def test_a_resumed_run_gives_the_heatmap_of_one_that_never_stopped(tmp_path: Pat
     last = tmp_path / "stopped" / "checkpoints" / "epoch=1.ckpt"
     second = tmp_path / ("stopped" if where == "the same cache folder" else "resumed")
     resumed = monitor()
-    resumable(second, resumed, 4).fit(Module(), *data(), ckpt_path=last, weights_only=False)
+    resumable(second, resumed, 4).fit(Module(), *data(), ckpt_path=last, **WHOLE_CHECKPOINT)
     assert resumed.heatmap.to_json() == straight.heatmap.to_json()
 
 

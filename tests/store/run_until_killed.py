@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Module, loader, trainer
+from versions import WHOLE_CHECKPOINT
 
 import qkov_lightning.views.loggers
 from qkov_lightning import GradientCache, InterferenceMonitor
@@ -38,7 +39,7 @@ def train(root: Path, cache: Path) -> None:
         loader(24, ids=False),
         loader(4),
         ckpt_path=checkpoints[-1] if checkpoints else None,
-        weights_only=False,
+        **WHOLE_CHECKPOINT,
     )
 
 

@@ -15,6 +15,7 @@ from modules import Module, loader, trainer
 from modules import Samples as ModuleSamples
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
+from versions import WHOLE_CHECKPOINT
 
 from qkov_lightning import (
     GradientCache,
@@ -230,11 +231,11 @@ def test_a_resumed_run_keeps_the_weights_that_were_drawn(tmp_path: Path) -> None
     resumable(tmp_path / "straight", straight, 2).fit(Wide(), *data())
     resumable(tmp_path / "stopped", monitor(), 1).fit(Wide(), *data())
     last = tmp_path / "stopped" / "checkpoints" / "epoch=0.ckpt"
-    resumable(tmp_path / "resumed", resumed, 2).fit(Wide(), *data(), ckpt_path=last, weights_only=False)
+    resumable(tmp_path / "resumed", resumed, 2).fit(Wide(), *data(), ckpt_path=last, **WHOLE_CHECKPOINT)
     assert resumed.heatmap.to_json() == straight.heatmap.to_json()
     with pytest.raises(ValueError, match="storage is 'factors', but the checkpoint's run stores 'sampled'"):
         resumable(tmp_path / "other", monitor("factors"), 2).fit(
-            Wide(), *data(), ckpt_path=last, weights_only=False
+            Wide(), *data(), ckpt_path=last, **WHOLE_CHECKPOINT
         )
 
 

@@ -39,7 +39,7 @@ def test_a_folder_without_a_heatmap_and_a_broken_file_are_refused(tmp_path: Path
     with pytest.raises(FileNotFoundError, match=r"No heatmap at .*expected a heatmap file, or a folder"):
         load_history(tmp_path)
     (tmp_path / "latest.json").write_text("{}")
-    with pytest.raises(HeatmapError, match=r"latest.json: heatmap schema None, expected 1"):
+    with pytest.raises(HeatmapError, match=r"latest.json: heatmap schema None, expected 2"):
         load_history(tmp_path)
 
 
