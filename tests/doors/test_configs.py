@@ -57,7 +57,7 @@ def test_configuration_trains_and_leaves_a_heatmap_and_a_checkpoint(
 @pytest.mark.parametrize(
     ("key", "value", "line"),
     [
-        ("every_n_step", "10", "Option 'every_n_step' is not accepted"),
+        ("every_n_step", "10", "'every_n_step' is not"),
         ("every_n_steps", "often", "Expected a <class 'int'>. Got value: often"),
         (
             "loss_reduction",

@@ -140,11 +140,11 @@ def test_a_task_never_seen_is_refused() -> None:
     ("text", "message"),
     [
         ("", "not JSON"),
-        ("[]", "schema None, expected 1"),
-        ('{"schema": 99}', "schema 99, expected 1"),
-        ('{"schema": 1}', "not an interference heatmap: KeyError"),
+        ("[]", "schema None, expected 2"),
+        ('{"schema": 99}', "schema 99, expected 2"),
+        ('{"schema": 2}', "not an interference heatmap: KeyError"),
         (
-            '{"schema": 1, "scores": {"heat": []}}',
+            '{"schema": 2, "scores": {"heat": []}}',
             "unknown score 'heat'; this version knows interference, relative, cosine, conflict, forgetting",
         ),
     ],

@@ -150,8 +150,8 @@ def test_memory_stays_under_the_stated_cap_whatever_the_number_of_samples(
     weights, tasks = WIDTH * WIDTH * 4, 2
     # Of one projection: the previous Fisher, the new one in parts and joined, and each task's three means.
     fisher = 6 * tasks * weights
-    # What is worked on at once: gradients, squares, magnitudes, what each sample changes of the inverse Fisher, and
-    # the factors of two records.
+    # What is worked on at once: gradients, squares, magnitudes, what each sample changes of the inverse
+    # Fisher, and the factors of two records.
     worked_on = 14 * 20_000
     few, many = peak_bytes(tmp_path / "few", 10), peak_bytes(tmp_path / "many", 40)
     gradients_of_one_projection = 160 * weights
