@@ -1,5 +1,7 @@
 """The recording of a training run: its taps and its store, from the first step to the last, over restarts.
 
+One class, whose methods are the moments of a run: apart they would share all of their state.
+
 An error of the disk never stops training: the recording switches itself off in all processes, with a warning.
 """
 

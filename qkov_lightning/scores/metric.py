@@ -13,10 +13,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.scores.reduction import MIN_SAMPLES, slice_statistics
+from qkov_lightning.scores.reduction import slice_statistics
 from qkov_lightning.scores.replicates import leave_out_replicates, sampled_estimate
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings
+from qkov_lightning.scores.statistics import MIN_SAMPLES
 
 
 class _Replicates:

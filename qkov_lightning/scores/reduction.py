@@ -2,7 +2,7 @@ r"""From the per-sample gradients of one slice to sums over its weights: all tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,163 +11,11 @@ from torch import Tensor
 
 from qkov_lightning.scores.left_out import interference_left_out
 from qkov_lightning.scores.spans import Place, SamplesByTask, inner
+from qkov_lightning.scores.statistics import SliceStatistics
 from qkov_lightning.scores.updates import STEP_SIZE, TaskSamples, UpdateDirection, UpdateDirections, damped
-
-MIN_SAMPLES = 2
-"""A task with fewer samples in a slice has no score there: a variance needs two."""
 
 MAX_TASKS_IN_FISHER = 16
 """With more tasks, one sample moves the pooled Fisher too little to matter for a standard error."""
-
-
-@dataclass(frozen=True, eq=False)
-class Estimate:
-    """A score of every ordered task pair (a, b) and head, NaN where a task has fewer than two samples.
-
-    Attributes:
-        value: The score.
-        variance: Its sampling variance over samples of both tasks, and over all samples that the Fisher
-            holds.
-    """
-
-    value: Float[Tensor, "task_a task_b head"]
-    variance: Float[Tensor, "task_a task_b head"]
-
-
-@dataclass(frozen=True, eq=False)
-class SliceStatistics:
-    r"""What the scores are made of: sums over weights, per sample, in float64.
-
-    The samples stand in the order of their tasks.
-
-    Attributes:
-        membership: 1 where a sample belongs to a task.
-        sensitivity: :math:`\langle u_i, \bar v_t \rangle` for each sample i and task t.
-        push: :math:`\langle \bar u_t, v_i \rangle`.
-        self_pair: :math:`\langle u_i, v_i \rangle`.
-        absolute_norm: :math:`\sum_k |g_{ik}|`.
-        alignment: :math:`\langle g_i, \bar g_t \rangle`.
-        squared_norm: :math:`\sum_k g_{ik}^2`.
-        whitened_alignment: :math:`\langle g_i, \bar g_t / (I + \epsilon) \rangle`.
-        whitened_squared_norm: :math:`\sum_k g_{ik}^2 / (I_k + \epsilon)`.
-        response: :math:`r_{it} = \langle g_i, d_t \rangle` with the update direction :math:`d_t` of each task
-            t; for a sample's own task, that of its other samples.
-        slope_influence: How the mean response of each task t to the direction of a sample's own task moves
-            with that sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
-        curvature_influence: The same of the mean squared response.
-        left_out: :math:`\langle \bar u_a, \bar v_b \rangle` without each sample, and with the Fisher of the
-            rest; None where the Fisher is known.
-        groups: Group of each sample, counted from 0: samples of one group vary together.
-        step_size: Length of the step along the update direction.
-    """
-
-    membership: Float[Tensor, "task sample"]
-    sensitivity: Float[Tensor, "sample task head"]
-    push: Float[Tensor, "sample task head"]
-    self_pair: Float[Tensor, "sample head"]
-    absolute_norm: Float[Tensor, "sample head"]
-    alignment: Float[Tensor, "sample task head"]
-    squared_norm: Float[Tensor, "sample head"]
-    whitened_alignment: Float[Tensor, "sample task head"]
-    whitened_squared_norm: Float[Tensor, "sample head"]
-    response: Float[Tensor, "sample task head"]
-    slope_influence: Float[Tensor, "sample task head"]
-    curvature_influence: Float[Tensor, "sample task head"]
-    left_out: Float[Tensor, "sample task_a task_b head"] | None
-    groups: Int[Tensor, sample]
-    step_size: float
-
-    @property
-    def count(self) -> Float[Tensor, task]:
-        """Samples of each task."""
-        return self.membership.sum(dim=1)
-
-    def task_mean(self, per_sample: Float[Tensor, sample * rest]) -> Float[Tensor, task * rest]:
-        """Mean over the samples of each task."""
-        return torch.tensordot(self.membership, per_sample, dims=1) / _column(self.count, per_sample.ndim)
-
-    def of_own_task(self, per_task: Float[Tensor, task * rest]) -> Float[Tensor, sample * rest]:
-        """The entry of each sample's own task."""
-        return torch.tensordot(self.membership.T, per_task, dims=1)
-
-    def without_self(
-        self, per_sample: Float[Tensor, "sample task head"]
-    ) -> Float[Tensor, "sample task head"]:
-        """Marginals with the pair (i, i) taken out of the mean over the sample's own task."""
-        own = self.membership.T.unsqueeze(-1).bool()
-        count = self.of_own_task(self.count)[:, None, None]
-        return torch.where(own, (count * per_sample - self.self_pair[:, None]) / (count - 1), per_sample)
-
-    def pair_estimate(
-        self,
-        value: Float[Tensor, "task_a task_b head"],
-        as_a: Float[Tensor, "sample task_b head"],
-        as_b: Float[Tensor, "sample task_a head"],
-    ) -> Estimate:
-        """A score with its sampling variance, from the influence of each sample on it.
-
-        Args:
-            value: The score.
-            as_a: Influence of a sample as a member of its task A, on the pair with each task B.
-            as_b: Influence as a member of task B, on the pair with each task A.
-        """
-        as_a, as_b = self._centred(as_a), self._centred(as_b)
-        member = self.membership.T.unsqueeze(-1)
-        variances = [
-            self._variance(member[:, a, None] * as_a + member * as_b[:, a, None])
-            for a in range(len(self.count))
-        ]
-        return self._estimate(value, variances)
-
-    def left_out_estimate(
-        self,
-        value: Float[Tensor, "task_a task_b head"],
-        left_out: Float[Tensor, "sample task_a task_b head"],
-    ) -> Estimate:
-        """A score with its sampling variance, from its values without each sample (Tukey 1958)."""
-        count = self.of_own_task(self.count)[:, None, None]
-        return self._estimate(
-            value, [self._variance(-(count - 1) * self._centred(left_out[:, a])) for a in range(len(value))]
-        )
-
-    def _estimate(
-        self,
-        value: Float[Tensor, "task_a task_b head"],
-        variances: Sequence[Float[Tensor, "task_b head"]],
-    ) -> Estimate:
-        variance = torch.stack(list(variances))
-        no_data = self.count < MIN_SAMPLES
-        no_data = (no_data[:, None] | no_data[None, :]).unsqueeze(-1)
-        return Estimate(value.masked_fill(no_data, torch.nan), variance.masked_fill(no_data, torch.nan))
-
-    def _variance(self, influence: Float[Tensor, "sample task head"]) -> Float[Tensor, "task head"]:
-        r"""Sampling variance of a score, from what each sample moves it by.
-
-        .. math:: \sum_g \Big( \sum_{i \in g} c_i \, \psi_i \Big)^2
-
-        with :math:`\psi_i` of mean zero over the task of sample i, summed over each group g of samples (Liang
-        & Zeger 1986), and :math:`c_i^2 = n / (n - 1)` with the n groups of its task. Every sample is a group
-        of its own where none are given.
-        """
-        grouped = influence.new_zeros(int(self.groups.max()) + 1, *influence.shape[1:])
-        grouped.index_add_(0, self.groups, influence * self._correction())
-        return grouped.square().sum(dim=0)
-
-    def _centred(self, influence: Float[Tensor, "sample task head"]) -> Float[Tensor, "sample task head"]:
-        """Influence on a mean over a task: less its own mean, and divided by the number of samples."""
-        count = self.of_own_task(self.count)[:, None, None]
-        return (influence - self.of_own_task(self.task_mean(influence))) / count
-
-    def _correction(self) -> Float[Tensor, "sample 1 1"]:
-        """Of the degree of freedom that the mean of each task takes."""
-        seen = torch.zeros(len(self.count), int(self.groups.max()) + 1).to(self.membership)
-        seen.scatter_add_(1, self.groups.expand(len(self.count), -1), self.membership)
-        number = (seen > 0).sum(dim=1).to(self.membership)
-        return _column(self.of_own_task((number / (number - 1).clamp(min=1)).sqrt()), 3)
-
-
-def _column(values: Tensor, ndim: int) -> Tensor:
-    return values.view(-1, *(1,) * (ndim - 1))
 
 
 def slice_statistics(

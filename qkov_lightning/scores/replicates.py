@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from qkov_lightning.scores.reduction import Estimate, SliceStatistics
 from qkov_lightning.scores.scores import Score
+from qkov_lightning.scores.statistics import Estimate, SliceStatistics
 
 
 def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: int) -> Estimate:

@@ -12,8 +12,8 @@ Some scores use the update :math:`-u_B` that an optimiser would take along the m
 The mean of :math:`M_{ij}` over all pairs of a sample of task A and a sample of task B factorises into
 :math:`\langle \bar u_A, \bar v_B \rangle`, and so do its marginals: no score here ever looks at a pair.
 
-A new score is one function from :class:`~qkov_lightning.scores.reduction.SliceStatistics` to
-:class:`~qkov_lightning.scores.reduction.Estimate`, and one entry of ``SCORES``, which says all that figures,
+A new score is one function from :class:`~qkov_lightning.scores.statistics.SliceStatistics` to
+:class:`~qkov_lightning.scores.statistics.Estimate`, and one entry of ``SCORES``, which says all that figures,
 tables and the gate need to know of it.
 """
 
@@ -26,7 +26,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qkov_lightning.scores.reduction import Estimate, SliceStatistics, slice_statistics
+from qkov_lightning.scores.reduction import slice_statistics
+from qkov_lightning.scores.statistics import Estimate, SliceStatistics
 from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection, damped
 
 

@@ -25,9 +25,10 @@ from transformers import AutoModel, AutoTokenizer
 from qkov_lightning import GradientCapture, find_projections, task
 from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.capture.gradients import head_gradients, owned_part
-from qkov_lightning.scores.reduction import Estimate, SliceStatistics, slice_statistics
+from qkov_lightning.scores.reduction import slice_statistics
 from qkov_lightning.scores.replicates import leave_out_replicates, sampled_estimate
 from qkov_lightning.scores.scores import SCORES, Score
+from qkov_lightning.scores.statistics import Estimate, SliceStatistics
 from qkov_lightning.store.sampling import SliceSample, draw_slice
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
