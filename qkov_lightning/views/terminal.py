@@ -234,7 +234,9 @@ def progress_task(bar: Any, total: int) -> Iterator[Callable[[], None]]:
     enabled = bar is not None and bar.is_enabled
     progress = getattr(bar, "progress", None)
     if enabled and progress is not None:  # RichProgressBar
-        task = progress.add_task("Interference", total=total)
+        earlier = [task.id for task in progress.tasks if task.description == "Interference"]
+        task = earlier[0] if earlier else progress.add_task("Interference", total=total)
+        progress.reset(task, total=total, visible=True)
 
         def advance() -> None:
             progress.update(task, advance=1)
@@ -243,7 +245,7 @@ def progress_task(bar: Any, total: int) -> Iterator[Callable[[], None]]:
         try:
             yield advance
         finally:
-            # Hidden, not removed: Lightning 2.4 finds its own tasks by their place in the list.
+            # Hidden for the next time, not removed: Lightning 2.4 finds its tasks by their place in the list.
             progress.update(task, visible=False)
     elif enabled and hasattr(bar, "init_validation_tqdm"):  # TQDMProgressBar
         # Below the bars of training and validation.
