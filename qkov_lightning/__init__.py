@@ -17,9 +17,9 @@ from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.probe import probe_interference
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.scores.fisher import EmpiricalFisher
+from qkov_lightning.scores.functional import head_interference, sample_pairs
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.resampling import PermutationTest, bootstrap_standard_error, permutation_test
-from qkov_lightning.scores.scores import head_interference, sample_pairs
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.store.cache import GradientCache
 from qkov_lightning.store.files import CacheError

@@ -60,12 +60,18 @@ def naive_conflict(a: Tensor, b: Tensor, fisher: Tensor, damping: float, same: b
     return naive_cosine(a / root, b / root, same)
 
 
-def naive_direction(samples: Tensor, damping: float, update: str | Tensor) -> Tensor:
-    """Mean gradient over the root of the damped mean square (Adam), alone (SGD), or times given rates."""
+def naive_direction(
+    samples: Tensor, damping: float, update: str | Tensor, some: Tensor | None = None
+) -> Tensor:
+    """Mean gradient over the root of the damped mean square (Adam), alone (SGD), or times given rates.
+
+    The mean gradient may be that of some of the samples.
+    """
     result = torch.zeros(samples.shape[1], dtype=torch.float64)
     squares = [sum(float(row[k]) ** 2 for row in samples) / len(samples) for k in range(len(result))]
+    some = samples if some is None else some
     for k in range(len(result)):
-        mean = sum(float(row[k]) for row in samples) / len(samples)
+        mean = sum(float(row[k]) for row in some) / len(some)
         if isinstance(update, Tensor):
             mean *= float(update[k])
         elif update == "adam":
@@ -81,3 +87,17 @@ def naive_responses(a: Tensor, b: Tensor, damping: float, update: str | Tensor, 
         others = torch.cat([b[:i], b[i + 1 :]]) if same else b
         responses.append(float(a[i] @ naive_direction(others, damping, update)))
     return responses
+
+
+def naive_curvatures(a: Tensor, b: Tensor, damping: float, update: str | Tensor, same: bool) -> list[float]:
+    """Of each sample of a along the direction of b's: the product of its responses to every second sample."""
+    curvatures = []
+    for i in range(len(a)):
+        kept = [j for j in range(len(b)) if not (same and j == i)]
+        product = 1.0
+        halves = [[j for j in kept if j % 2 == half] for half in (0, 1)]
+        for half in halves:
+            some = b[half if all(halves) else kept]
+            product *= float(a[i] @ naive_direction(b[kept], damping, update, some))
+        curvatures.append(product)
+    return curvatures

@@ -33,11 +33,14 @@ class CapturedStep:
     Attributes:
         samples: Who the samples are.
         scales: Factor per sample that turns its captured gradient into that of its own loss.
+        num_terms: Terms (target tokens) that the own loss of each sample is the mean of; 1 if it is their
+            sum.
         factors: Factors by module name. Modules that share an input share the activation tensor.
     """
 
     samples: Samples
     scales: Float[Tensor, sample]
+    num_terms: Float[Tensor, sample]
     factors: dict[str, GradientFactors]
 
     @property

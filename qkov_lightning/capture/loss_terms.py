@@ -115,6 +115,9 @@ def _reduction(node: Any, child: Any, index: int, gradient: Tensor, divisors: tu
     mask = _valid(last[0])
     if mask is not None and mask.numel() == levels[-1].numel():
         levels.append(levels[-1].flatten() * mask.flatten())
+    if last[0].name().startswith("LogSoftmax") and levels[-1].shape == _shape(*last):
+        # The classes of one target are no terms of their own.
+        levels.append(levels[-1].sum(dim=_signed(last[0]._saved_dim)))
     return LossTerm(joined, tuple(levels), divisors, *_below(child, levels[0].numel()))
 
 
@@ -183,8 +186,13 @@ def _mixes_rows(node: Any) -> bool:
     if not node.name().startswith(("MeanBackward1", "SumBackward1")):
         return False
     shape = _shape(*node.next_functions[0])
-    dims = [(dim - 2**64 if dim >= 2**63 else dim) % max(1, len(shape)) for dim in node._saved_dim]
+    dims = [_signed(dim) % max(1, len(shape)) for dim in node._saved_dim]
     return 0 in dims and len(shape) > 1 and shape[0] > 1
+
+
+def _signed(dim: int) -> int:
+    """A dimension as autograd saves it, where -1 is the largest integer."""
+    return dim - 2**64 if dim >= 2**63 else dim
 
 
 def _is_shorter(node: Any) -> bool:

@@ -27,8 +27,9 @@ from qkov_lightning.capture.calls import (
     is_batched,
 )
 from qkov_lightning.capture.factors import CapturedStep, Delivery, GradientFactors, fits, inputs_of, join
+from qkov_lightning.capture.joinings import Joining
 from qkov_lightning.capture.loss_terms import LossTerm, read_loss
-from qkov_lightning.capture.reductions import Joining, ReductionChoice, check_rows, joining
+from qkov_lightning.capture.reductions import ReductionChoice, check_rows, joining
 from qkov_lightning.capture.samples import Labels, current_labels
 from qkov_lightning.heads.multihead import MultiheadLinears
 from qkov_lightning.heads.projections import Projection
@@ -164,7 +165,7 @@ class GradientCapture:
 
     def note_loss(self, loss: Tensor) -> None:
         """Read how the loss joins its samples, before its backward pass."""
-        if self._active and not self._paused and self._loss_reduction in {"auto", "token_mean"}:
+        if self._active and not self._paused:
             self._terms += read_loss(loss)
 
     def pause(self) -> None:
@@ -365,7 +366,8 @@ class GradientCapture:
         self.joined = joining(
             samples, self._loss_reduction, terms, labels.token_samples, partial(target_counts, labels.batch)
         )
-        return CapturedStep(samples, self.joined.scales(num_samples) * scale, factors)
+        scales, num_terms = self.joined.scales(num_samples) * scale, self.joined.terms(num_samples)
+        return CapturedStep(samples, scales, num_terms, factors)
 
     def _warn(self) -> None:
         for name, problem in self._problems.items():

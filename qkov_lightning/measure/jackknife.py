@@ -82,6 +82,7 @@ def jackknife_replicates(
                     layer=projection.layer,
                     block=projection.block,
                     first_head=gradients.heads.start,
+                    num_terms=gradients.num_terms,
                 )
     results = [metric.compute() for metric in metrics]
     return {score: _rounded(torch.stack([result[score].cpu() for result in results])) for score in SCORES}

@@ -99,6 +99,7 @@ def measure_interference(
                         weights=stored.weights(projection, gradients.heads),
                         fisher_shares=_shares(fisher, gradients, indices),
                         groups=_groups(gradients),
+                        num_terms=gradients.num_terms,
                     )
             folding.save()
             on_projection()

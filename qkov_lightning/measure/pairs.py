@@ -14,7 +14,7 @@ from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.scores.fisher import EmpiricalFisher
-from qkov_lightning.scores.scores import sample_pairs
+from qkov_lightning.scores.functional import sample_pairs
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.scores.updates import damped
 from qkov_lightning.store.stored import StoredGradients

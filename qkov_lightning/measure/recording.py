@@ -182,7 +182,8 @@ class Recording:
         self.has_news = True
         if self.capture.joined is not None and self._joined is None:
             self._joined = self.capture.joined.reduction
-            rank_zero_info(f"InterferenceMonitor: the loss is {self.capture.joined}.")
+            joined = self.capture.joined
+            rank_zero_info(f"InterferenceMonitor: the loss is {joined}; {joined.own_loss}.")
         if self.store:
             try:
                 self.store.submit(step, captured, processes)

@@ -99,6 +99,7 @@ class HeadInterference(Metric):
         weights: Float[Tensor, "head replicate coordinate"] | None = None,
         fisher_shares: Float[Tensor, sample] | None = None,
         groups: Int[Tensor, sample] | None = None,
+        num_terms: Float[Tensor, sample] | None = None,
     ) -> None:
         """Add one projection, or some heads of it.
 
@@ -120,6 +121,7 @@ class HeadInterference(Metric):
                 the samples. It is taken as known without them.
             groups: Group of each sample, counted from 0. Samples of one group (of one document, say) may vary
                 together; every sample is a group of its own without them.
+            num_terms: Terms (target tokens) that the loss of each sample is the mean of; 1 without them.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
@@ -153,6 +155,7 @@ class HeadInterference(Metric):
             replicates,
             fisher_shares,
             groups,
+            num_terms,
         )
         cell = (..., layer, heads, BLOCKS.index(block))
         count = statistics.count

@@ -19,16 +19,14 @@ tables and the gate need to know of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from qkov_lightning.scores.reduction import slice_statistics
 from qkov_lightning.scores.statistics import Estimate, SliceStatistics
-from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection, damped
 
 
 def interference(s: SliceStatistics) -> Estimate:
@@ -124,19 +122,37 @@ def _cosine(
 
 
 def forgetting(s: SliceStatistics) -> Estimate:
-    r"""How strongly a step along B's update moves A's samples, in either direction.
+    r"""Curvature of A's loss along B's update: how strongly a step moves A, in either direction.
 
-    .. math:: \operatorname{mean}_{i \in A} \langle g_i, d_B \rangle^2 = d_B^\top F_A d_B
+    .. math:: \operatorname{mean}_{i \in A} T_i \langle g_i, d_B \rangle^2 \approx d_B^\top F_A d_B
 
-    with the full, not the diagonal, empirical Fisher :math:`F_A` of the slice, and :math:`d_B` the update
-    direction (:func:`~qkov_lightning.scores.updates.update_rate`). To second order the step :math:`-\eta d_B`
-    changes A's predictive distribution by a Kullback-Leibler divergence of :math:`\eta^2/2` times as much
-    (Amari 1998; with the observed targets instead of drawn ones, Kunstner et al. 2019, arXiv:1905.12558);
-    elastic weight consolidation takes the diagonal of it (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3).
-    At least 0. Within one task the direction is that of the other samples.
+    with the full, not the diagonal, Fisher :math:`F_A` of the slice, and :math:`d_B` the update direction
+    (:func:`~qkov_lightning.scores.updates.update_rate`). To second order the step :math:`-\eta d_B` changes
+    A's predictive distribution by a Kullback-Leibler divergence of :math:`\eta^2/2` times as much (Amari
+    1998; with the observed targets instead of drawn ones, Kunstner et al. 2019, arXiv:1905.12558); elastic
+    weight consolidation takes the diagonal of it (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3).
+
+    **The number of terms.** Where a sample's loss is the mean over T targets, :math:`g_i = \frac1T \sum_t
+    g_{it}`. The gradient of each target's log-likelihood has mean zero given the targets before it, if these
+    are drawn from the model, so that products of different targets vanish in expectation:
+
+    .. math:: \operatorname{E} \langle g_i, d \rangle^2
+              = \frac{1}{T^2} \sum_t \operatorname{E} \langle g_{it}, d \rangle^2
+              = \frac1T \Big( \frac1T \sum_t d^\top F_{it} d \Big)
+
+    The bracket is the Fisher of the mean loss, which is its generalised Gauss-Newton matrix (Martens 2020,
+    arXiv:1412.1193, section 9): T times the mean square. Of a loss that is a sum, or has one target a sample,
+    the factor is 1 (:class:`~qkov_lightning.capture.reductions.Joining`). For a squared error it is 2
+    :math:`\sigma^2` times the Gauss-Newton matrix, with the variance :math:`\sigma^2` of the residuals.
+
+    **The noise of the direction.** A square of the estimated :math:`d_B` would also count its noise, about
+    :math:`1/n_B` of the mean square, however small the true direction. Instead, :math:`\langle g_i, d_B^{(1)}
+    \rangle \langle g_i, d_B^{(2)} \rangle` with the directions of two halves of B's samples, whose groups are
+    dealt out in turn: without bias up to the noise of the rates, which both share. So an estimate may be
+    below 0: the samples then show no curvature. Within one task the direction is that of the other samples.
+    Fewer than two samples a half (but for the sample itself) leave the square as it is.
     """
-    squares = s.response.square()
-    return s.pair_estimate(s.task_mean(squares), as_a=squares, as_b=s.curvature_influence)
+    return s.pair_estimate(s.task_mean(s.curvature), as_a=s.curvature, as_b=s.curvature_influence)
 
 
 def loss_rise(s: SliceStatistics) -> Estimate:
@@ -145,12 +161,37 @@ def loss_rise(s: SliceStatistics) -> Estimate:
     .. math:: -\eta \langle \bar g_A, d_B \rangle + \frac{\eta^2}{2} d_B^\top F_A d_B
 
     the Taylor expansion of A's mean loss at the step :math:`-\eta d_B` to second order, the Hessian replaced
-    by the empirical Fisher as in :func:`forgetting`. In units of loss; positive = A forgets, negative = A
-    gains. Within one task the direction is that of the other samples.
+    by the Fisher as in :func:`forgetting`. In units of loss; positive = A forgets, negative = A gains. Within
+    one task the direction is that of the other samples.
     """
-    rise = -s.step_size * s.response + s.step_size**2 / 2 * s.response.square()
-    as_b = -s.step_size * s.slope_influence + s.step_size**2 / 2 * s.curvature_influence
+    rise, as_b = _rise(s)
     return s.pair_estimate(s.task_mean(rise), as_a=rise, as_b=as_b)
+
+
+def exchange(s: SliceStatistics) -> Estimate:
+    r"""Harm to A per benefit to B: A's predicted rise for each unit by which B's loss is to fall.
+
+    .. math:: \Delta_{AB} \big/ \eta \langle \bar g_B, d_B \rangle
+
+    with :math:`\Delta_{AB}` the :func:`loss_rise`, and below it what B gains to first order, on the samples
+    that set the direction. Above 1, the step in this cell costs A more than it gives B. Within one task -1
+    where the gain holds on other samples, and nearer to 0 or above it where it does not; the standard error
+    is too small there, since the two move together.
+    """
+    rise, influence = _rise(s)
+    gain = s.step_size * s.task_mean(s.own_slope)
+    value = s.task_mean(rise) / gain
+    own = (s.membership.T[..., None] * s.slope_influence).sum(dim=1)
+    gain_influence = s.step_size * (s.own_slope + own)[:, None]
+    as_b = (influence - s.of_own_task(value.transpose(0, 1)) * gain_influence) / s.of_own_task(gain)[:, None]
+    return s.pair_estimate(value, as_a=rise / gain, as_b=as_b)
+
+
+def _rise(s: SliceStatistics) -> tuple[Tensor, Tensor]:
+    """Rise of each sample's loss along each task's update, and the influence of that task's samples on it."""
+    step = s.step_size
+    rise = -step * s.response + step**2 / 2 * s.curvature
+    return rise, -step * s.slope_influence + step**2 / 2 * s.curvature_influence
 
 
 @dataclass(frozen=True)
@@ -205,98 +246,9 @@ SCORES: dict[str, Score] = {
             symmetric=True,
             signed=True,
         ),
-        Score("forgetting", forgetting, "squared response of the loss to the update"),
+        Score("forgetting", forgetting, "curvature of the loss along the update"),
         Score("loss_rise", loss_rise, "predicted rise of the loss, below 0 = it falls", signed=True),
+        Score("exchange", exchange, "rise of A's loss per gain of B", signed=True),
     )
 }
 """Every score; the first is the one that is shown first."""
-
-
-def sample_pairs(
-    gradients_a: Float[Tensor, "sample_a weight"],
-    gradients_b: Float[Tensor, "sample_b weight"],
-    fisher: Float[Tensor, weight],
-    damping: float = 1e-3,
-) -> Float[Tensor, "sample_a sample_b"]:
-    r""":math:`M_{ij}` of every pair of samples in one slice: one matrix product."""
-    sensitivity = gradients_a.square() / damped(fisher[None], damping)
-    return sensitivity @ gradients_b.abs().T
-
-
-def head_interference(
-    gradients: Float[Tensor, "sample head weight"],
-    tasks: Sequence[str],
-    fisher: Float[Tensor, "head weight"],
-    damping: float = 1e-3,
-    update: UpdateDirection | Float[Tensor, "head weight"] = "adam",
-    step_size: float = STEP_SIZE,
-    fisher_shares: Float[Tensor, sample] | None = None,
-    groups: Int[Tensor, sample] | None = None,
-) -> dict[tuple[str, str], dict[str, Float[Tensor, head]]]:
-    """All scores of one projection's heads, for every ordered pair of tasks.
-
-    The functional twin of :class:`~qkov_lightning.HeadInterference`.
-
-    Args:
-        gradients: Gradient of each sample's own loss, per head.
-        tasks: Task of each sample.
-        fisher: Fisher pooled over tasks, as from :meth:`EmpiricalFisher.pooled`.
-        damping: Added to the Fisher, relative to its mean over the head.
-        update: Direction in which a task updates the weights, see
-            :func:`~qkov_lightning.scores.updates.update_rate`.
-        step_size: Length of the step along it: the learning rate times the number of steps.
-        fisher_shares: Share of each sample's square in the Fisher, as from :meth:`EmpiricalFisher.shares`,
-            which standard errors then allow for; the Fisher is taken as known without them.
-        groups: Group of each sample, counted from 0, if samples of one group are not independent.
-
-    Returns:
-        For each (task_a, task_b): the scores by name, and for each one ``<score>_standard_error``. NaN
-        where a task has fewer than two samples.
-
-    Raises:
-        ValueError: If there is not one task per sample, or the damping is not positive.
-
-    Example:
-        >>> gradients = torch.tensor([[[3.0, 0.0]], [[1.0, 0.0]], [[0.0, 2.0]], [[1.0, 2.0]]])
-        >>> fisher = gradients.square().mean(dim=0)
-        >>> scores = head_interference(gradients, ["math", "math", "code", "code"], fisher)
-        >>> scores["math", "code"]["relative"]  # code pushes mostly where math is not sensitive
-        tensor([0.3633], dtype=torch.float64)
-    """
-    check_inputs(gradients, tasks, damping)
-    names = sorted(set(tasks))
-    indices = torch.tensor([names.index(task) for task in tasks], device=gradients.device)
-    statistics = slice_statistics(
-        [gradients],
-        indices,
-        len(names),
-        fisher,
-        damping,
-        update,
-        step_size,
-        fisher_shares=fisher_shares,
-        groups=groups,
-    )
-    result: dict[tuple[str, str], dict[str, Tensor]] = {(a, b): {} for a in names for b in names}
-    for score in SCORES.values():
-        estimate = score.function(statistics)
-        for (a, b), scores in result.items():
-            scores[score.name] = estimate.value[names.index(a), names.index(b)]
-            scores[f"{score.name}_standard_error"] = estimate.variance[names.index(a), names.index(b)].sqrt()
-    return result
-
-
-def check_inputs(gradients: Tensor, tasks: Sequence[str], damping: float) -> None:
-    """Refuse what would give a silent NaN.
-
-    Raises:
-        ValueError: If there is not one task per sample, or the damping is not positive.
-    """
-    if len(tasks) != gradients.shape[0]:
-        raise ValueError(
-            f"{len(tasks)} tasks for gradients of {gradients.shape[0]} samples, expected one per sample."
-        )
-    if not damping > 0:
-        raise ValueError(
-            f"damping is {damping}, expected a positive number: a weight with zero Fisher divides by it."
-        )

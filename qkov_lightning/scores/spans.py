@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -45,9 +45,11 @@ class SamplesByTask:
         task_indices: Task of each sample, counted from 0; -1 leaves a sample out.
         num_tasks: Number of tasks.
         num_weights: Weights of a head, in all blocks together.
+        halves: Half of its task that each sample is in, 0 or 1, which then stand side by side, too.
 
     Attributes:
         groups: For each task that has samples, where they stand.
+        halves: The same for each half of a task: task, half, place.
         membership: 1 where a sample, in the order of their tasks, belongs to a task.
         count: Samples of each task.
     """
@@ -58,19 +60,19 @@ class SamplesByTask:
         task_indices: Int[Tensor, sample],
         num_tasks: int,
         num_weights: int,
+        halves: Int[Tensor, sample] | None = None,
     ) -> None:
         self._blocks, self._num_samples, self._num_weights = blocks, len(task_indices), num_weights
-        order = task_indices.argsort(stable=True)
+        half = torch.zeros_like(task_indices) if halves is None else halves.to(task_indices)
+        order = (2 * task_indices + half).argsort(stable=True)
         self._order = order[task_indices[order] >= 0]
         self._memory: Tensor | None = None
         tasks = task_indices[self._order]
         self.membership = torch.nn.functional.one_hot(tasks, num_tasks).T.double()
         self.count = self.membership.sum(dim=1)
-        counts = self.count.long().tolist()
-        ends = itertools.accumulate(counts)
-        self.groups = [
-            (t, slice(end - n, end)) for t, (n, end) in enumerate(zip(counts, ends, strict=True)) if n
-        ]
+        self.groups = _places(self.count.long().tolist())
+        per_half = torch.bincount(2 * tasks + half[self._order], minlength=2 * num_tasks)
+        self.halves = [(*divmod(place, 2), rows) for place, rows in _places(per_half.tolist())]
 
     def of(self, per_sample: Tensor) -> Tensor:
         """Values of the samples, in the order of their tasks."""
@@ -113,6 +115,12 @@ class SamplesByTask:
         if self._memory is None or self._memory.shape[1] < math.prod(shape):
             self._memory = source.new_empty(3, math.prod(shape))
         return [memory[: math.prod(shape)].view(shape) for memory in self._memory]
+
+
+def _places(counts: Sequence[int]) -> list[tuple[int, slice]]:
+    """Where the members of each kind stand, one kind after the other; nothing of kinds that have none."""
+    ends = itertools.accumulate(counts)
+    return [(i, slice(end - n, end)) for i, (n, end) in enumerate(zip(counts, ends, strict=True)) if n]
 
 
 def weighted_squares(

@@ -45,12 +45,15 @@ class SliceStatistics:
         whitened_squared_norm: :math:`\sum_k g_{ik}^2 / (I_k + \epsilon)`.
         response: :math:`r_{it} = \langle g_i, d_t \rangle` with the update direction :math:`d_t` of each task
             t; for a sample's own task, that of its other samples.
+        own_slope: :math:`\langle g_i, d_t \rangle` with the direction of its own task t, the sample included.
         slope_influence: How the mean response of each task t to the direction of a sample's own task moves
             with that sample, :math:`\langle \bar g_t, \partial d / \partial j \rangle`.
-        curvature_influence: The same of the mean squared response.
+        half_responses: The same as ``response`` with the direction of each half of the samples of task t.
+        curvature_influence: How the mean curvature along it moves with that sample.
         left_out: :math:`\langle \bar u_a, \bar v_b \rangle` without each sample, and with the Fisher of the
             rest; None where the Fisher is known.
         groups: Group of each sample, counted from 0: samples of one group vary together.
+        num_terms: Terms that each sample's own loss is the mean of.
         step_size: Length of the step along the update direction.
     """
 
@@ -64,11 +67,20 @@ class SliceStatistics:
     whitened_alignment: Float[Tensor, "sample task head"]
     whitened_squared_norm: Float[Tensor, "sample head"]
     response: Float[Tensor, "sample task head"]
+    own_slope: Float[Tensor, "sample head"]
+    half_responses: Float[Tensor, "sample half task head"]
     slope_influence: Float[Tensor, "sample task head"]
     curvature_influence: Float[Tensor, "sample task head"]
     left_out: Float[Tensor, "sample task_a task_b head"] | None
     groups: Int[Tensor, sample]
+    num_terms: Float[Tensor, sample]
     step_size: float
+
+    @property
+    def curvature(self) -> Float[Tensor, "sample task head"]:
+        """Curvature of each sample's loss along each task's direction, without the noise of the direction."""
+        first, second = self.half_responses.unbind(dim=1)
+        return _column(self.num_terms, 3) * first * second
 
     @property
     def count(self) -> Float[Tensor, task]:

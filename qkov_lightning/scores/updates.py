@@ -60,12 +60,14 @@ class TaskSamples:
 
     Attributes:
         task: The task.
+        half: Half of the task that they are in.
         gradient: Their gradients.
         square: Their squared gradients.
         slice_square: Means of these over the whole slice.
     """
 
     task: int
+    half: int
     gradient: Float[Tensor, "sample head weight"]
     square: Float[Tensor, "sample head weight"]
     slice_square: Float[Tensor, "sample head"]
@@ -74,11 +76,14 @@ class TaskSamples:
 class UpdateDirections:
     r"""The update direction :math:`d = \rho \bar g` of every task at some weights of a slice.
 
+    Each half of a task's samples has a direction of its own, with the rates :math:`\rho` of the whole task:
+    what the two have in common is not noise.
+
     Args:
         update: Rule that gives the rates.
-        gradient_sum: Sum of the gradients.
+        gradient_sum: Sum of the gradients of each half.
         square_sum: Sum of the squared gradients.
-        count: Samples of each task.
+        count: Samples of each half.
         epsilon: What is added to the mean square, one number per slice.
         damping: The share of the slice's mean of the mean square that it is.
         weights: How many weights each one stands for.
@@ -86,23 +91,31 @@ class UpdateDirections:
     Attributes:
         mean_gradient: Mean gradient.
         mean_square: Mean squared gradient.
+        half_mean: Mean gradient of each half; that of the whole task where there are no two halves.
     """
 
     def __init__(
         self,
         update: UpdateDirection | Float[Tensor, "head weight"],
-        gradient_sum: Float[Tensor, "task head weight"],
+        gradient_sum: Float[Tensor, "half task head weight"],
         square_sum: Float[Tensor, "task head weight"],
-        count: Float[Tensor, task],
+        count: Float[Tensor, "half task"],
         epsilon: Float[Tensor, "task head 1"],
         damping: float,
         weights: Float[Tensor, "head weight"],
     ) -> None:
         self._is_adaptive = not isinstance(update, Tensor) and update == "adam"
         self._damping, self._weights = damping, weights
-        self._gradient_sum, self._square_sum, self._count = gradient_sum, square_sum, count
-        each = count.clamp(min=1)[:, None, None]
-        self.mean_gradient, self.mean_square = gradient_sum / each, square_sum / each
+        self._half_sum, self._half_count = gradient_sum, count
+        self._gradient_sum, self._square_sum, self._count = (
+            gradient_sum.sum(dim=0),
+            square_sum,
+            count.sum(dim=0),
+        )
+        each = self._count.clamp(min=1)[:, None, None]
+        self.mean_gradient, self.mean_square = self._gradient_sum / each, square_sum / each
+        in_half, has_halves = count.clamp(min=1)[..., None, None], (count > 0).all(dim=0)[:, None, None]
+        self.half_mean = torch.where(has_halves, gradient_sum / in_half, self.mean_gradient)
         self._epsilon = epsilon
         self._rate = update_rate(update, self.mean_square, epsilon.to(square_sum))
 
@@ -111,9 +124,14 @@ class UpdateDirections:
         """The directions, ready for inner products over the slice."""
         return self.mean_gradient * self._rate * self._weights
 
+    @property
+    def weighted_half(self) -> Float[Tensor, "task head weight"]:
+        """Those of the first half of each task."""
+        return self.half_mean[0] * self._rate * self._weights
+
     def response_to_others(
         self, own: TaskSamples, scratch: Float[Tensor, "sample head weight"]
-    ) -> Float[Tensor, "sample head"]:
+    ) -> tuple[Float[Tensor, "sample head"], Float[Tensor, "sample head"]]:
         r"""Inner product of each sample of a task with the direction of the task's other samples.
 
         .. math:: \Big\langle g_i, \frac{s - g_i}{n - 1}
@@ -125,6 +143,9 @@ class UpdateDirections:
         Args:
             own: The samples; their gradients and squares are written over.
             scratch: Memory to write to.
+
+        Returns:
+            That with all others, and that with those of the other half alone.
         """
         task = own.task
         count = self._count[task]
@@ -132,31 +153,41 @@ class UpdateDirections:
         # From sums, not means: without the only sample that has a gradient nothing is left, not even
         # rounding.
         rest = torch.sub(self._gradient_sum[task], own.gradient, out=scratch)
-        product = own.gradient.mul_(rest)
+        product = own.gradient * rest
+        across = self._half_sum[1 - own.half, task]
+        in_other = self._half_count[1 - own.half, task].clamp(min=1)
         if not self._is_adaptive:
-            return inner(product, (self._rate[task] * self._weights)[None])[:, 0] / others
+            rate = (self._rate[task] * self._weights)[None]
+            with_all = inner(product, rate)[:, 0] / others
+            return with_all, inner(own.gradient, rate * across)[:, 0] / in_other
         rest_square = torch.sub(self._square_sum[task], own.square, out=own.square)
         # Next to a sample that dwarfs the others, their squares drown in rounding: they are no less than the
         # square of their sum allows (Cauchy-Schwarz).
         torch.maximum(rest_square, rest.square_().div_(others), out=rest_square)
         damping = count * self._epsilon[task][:, 0] - self._damping * own.slice_square
         rate = rest_square.add_(damping.clamp(min=0).to(rest)[..., None]).rsqrt_().nan_to_num_(posinf=0.0)
-        return inner(product.mul_(rate), self._weights[None])[:, 0] / others.sqrt()
+        with_all = inner(product.mul_(rate), self._weights[None])[:, 0] / others.sqrt()
+        with_other = inner(own.gradient.mul_(rate), (self._weights * across)[None])[:, 0]
+        return with_all, with_other * others.sqrt() / in_other
 
     def derivative(
-        self, own: TaskSamples, vectors: Float[Tensor, "other head weight"]
+        self,
+        own: TaskSamples,
+        vectors: Float[Tensor, "other head weight"],
+        times_mean: Float[Tensor, "other head weight"],
     ) -> Float[Tensor, "sample other head"]:
         r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees.
 
         Args:
             own: The samples j of the task whose direction moves.
             vectors: The y.
+            times_mean: They times the mean gradient that they belong to.
         """
         rate = self._rate[own.task] * self._weights
         moved = inner(own.gradient, vectors * rate)
         if not self._is_adaptive:
             return moved
         # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
-        slowed = vectors * (self.mean_gradient[own.task] * self._rate[own.task].square() * rate / 2)
+        slowed = times_mean * (self._rate[own.task].square() * rate / 2)
         share = self._damping * own.slice_square.to(slowed)[:, None] * slowed.sum(dim=-1)
         return moved - inner(own.square, slowed) - share

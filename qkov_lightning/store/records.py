@@ -20,7 +20,7 @@ from qkov_lightning.capture.samples import Samples
 from qkov_lightning.store.files import CacheError, write_durably
 from qkov_lightning.store.sampling import SampledStep
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +33,7 @@ class CacheRecord:
         rank: Process that captured it.
         samples: Who the samples are.
         scales: Factor per sample that turns its gradient into that of its own loss.
+        num_terms: Terms that the own loss of each sample is the mean of.
         modules: For each module, the names of its tensors in the file.
         checksums: CRC-32 of each tensor.
         fingerprint: Of the coordinates that its gradients were kept at; None if they are exact.
@@ -44,6 +45,7 @@ class CacheRecord:
     rank: int
     samples: Samples
     scales: Float[Tensor, sample]
+    num_terms: Float[Tensor, sample]
     modules: dict[str, dict[str, str]]
     checksums: dict[str, int]
     fingerprint: int | None
@@ -180,6 +182,7 @@ def _finished(
         "ids": step.samples.ids,
         "groups": step.samples.groups,
         "scales": step.scales.tolist(),
+        "num_terms": step.num_terms.tolist(),
         "modules": modules,
         "crc32": {key: _checksum(tensor) for key, tensor in tensors.items()},
     }
@@ -273,15 +276,17 @@ def open_record(path: Path) -> CacheRecord:
             rank=int(header["rank"]),
             samples=_samples(header),
             scales=torch.tensor(header["scales"], dtype=torch.float64),
+            num_terms=torch.tensor(header["num_terms"], dtype=torch.float64),
             modules=header["modules"],
             checksums=header["crc32"],
             fingerprint=header.get("coordinates"),
             num_bytes=path.stat().st_size,
         )
         groups = record.samples.ids if record.samples.groups is None else record.samples.groups
-        if not len(record.samples.tasks) == len(record.samples.ids) == len(groups) == len(record.scales) > 0:
+        of_samples = (record.samples.tasks, record.samples.ids, groups, record.scales, record.num_terms)
+        if {len(one) for one in of_samples} != {len(record.samples)} or not len(record.samples):
             raise CacheError(
-                f"Cache file {path} is not a whole record: expected one task, identifier and scale per sample."
+                f"Cache file {path} is not a whole record: expected one task, identifier, scale and number of terms per sample."
             )
         if not all(key in record.checksums for parts in record.modules.values() for key in parts.values()):
             raise CacheError(f"Cache file {path} is not a whole record: a tensor has no checksum.")

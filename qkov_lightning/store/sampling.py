@@ -63,12 +63,14 @@ class SampledStep:
     Attributes:
         samples: Who the samples are.
         scales: Factor per sample that turns its gradient into that of its own loss.
+        num_terms: Terms that the own loss of each sample is the mean of.
         gradients: Gradients at the drawn weights, by name of the stored projection.
         fingerprint: Of the drawn weights.
     """
 
     samples: Samples
     scales: Float[Tensor, sample]
+    num_terms: Float[Tensor, sample]
     gradients: Mapping[str, Float[Tensor, "sample head coordinate"]]
     fingerprint: int
 
@@ -138,7 +140,7 @@ class Coordinates:
                 part = owned_part(factors, projection, ones, factors.activation.device)
                 if isinstance(part, GradientFactors):
                     gradients[stored_name(projection)] = sampled_gradients(part, drawn).cpu()
-        return SampledStep(step.samples, step.scales, gradients, self.fingerprint)
+        return SampledStep(step.samples, step.scales, step.num_terms, gradients, self.fingerprint)
 
     def to_file(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata of a safetensors file."""

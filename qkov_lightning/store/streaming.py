@@ -172,6 +172,11 @@ class HeadGradients:
         ]
 
     @property
+    def num_terms(self) -> Float[Tensor, sample]:
+        """Terms that the own loss of every sample is the mean of."""
+        return torch.cat([record.num_terms for record in self.records])
+
+    @property
     def steps(self) -> list[int]:
         """Captured step of every sample."""
         return [record.step for record in self.records for _ in record.samples.tasks]

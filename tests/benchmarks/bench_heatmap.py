@@ -23,7 +23,7 @@ from qkov_lightning import (
     task,
 )
 from qkov_lightning.capture.gradients import head_gradients
-from qkov_lightning.scores.scores import sample_pairs
+from qkov_lightning.scores.functional import sample_pairs
 from qkov_lightning.scores.updates import damped
 
 GOALS = {"exact": "1.0", "sampled": "0.1"}

@@ -106,6 +106,41 @@ def test_a_loss_says_how_it_joins_its_samples(name: str) -> None:
     assert found.reduction == kind
 
 
+# Targets of each sample, of which 3, 5 and 6 are valid, or what the own loss is the mean of instead.
+TERMS: dict[str, tuple[float, ...] | float | None] = {
+    "cross-entropy, shifted": (2, 4, 5),
+    "cross-entropy, class weights": (10**2 / 38, 13**2 / 47, 18**2 / 64),
+    **dict.fromkeys(("sum", "sum, scaled", "sum of selected", "sum by samples", "mean of sums"), 1),
+    "squared error, sum": 1,
+    **dict.fromkeys(("loop, sum", "loop, mean"), None),  # which part is which sample is not seen
+    "mean over padding too": 6,
+    **dict.fromkeys(("squared error", "squared error by hand", "binary"), 30),
+    "divergence": 1,
+    "probabilities": 6,
+    **dict.fromkeys(("one class a sample", "last token"), 1),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_says_how_many_terms_each_sample_has(name: str) -> None:
+    scores = torch.randn(3, 6, 5, requires_grad=True)
+    loss = LOSSES[name][1](scores, TARGETS)
+    found = [
+        joining(SAMPLES, choice, read_loss(loss / by)).num_terms for choice, by in (("auto", 1), ("auto", 7))
+    ]
+    expected = TERMS.get(name, (3, 5, 6))
+    expected = (expected,) * 3 if isinstance(expected, (int, float)) else expected
+    assert found == [expected if expected is None else pytest.approx(expected, rel=1e-6)] * 2
+
+
+def test_a_sample_alone_has_its_terms_too() -> None:
+    scores = torch.randn(1, 6, 5, requires_grad=True)
+    one = Samples(("a",), ("0",))
+    assert joining(one, "auto", read_loss(entropy(scores, TARGETS[:1]))).num_terms == (3,)
+    assert joining(one, "mean", read_loss(entropy(scores, TARGETS[:1]))).num_terms == (3,)
+    assert joining(one, "sum", read_loss(entropy(scores, TARGETS[:1]))).num_terms == (1,)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_it_is_the_same_in_bfloat16(name: str) -> None:
     """Counts are exact, whatever the loss is rounded to."""
@@ -129,7 +164,7 @@ def test_parts_that_cannot_both_be_undone_are_refused() -> None:
     scores = torch.randn(3, 6, 5, requires_grad=True)
     loss = entropy(scores, TARGETS) + scores.square().mean()
     with pytest.raises(
-        ValueError, match=r"a mean over samples and a mean over target tokens.*Pass the one of the main part"
+        ValueError, match=r"a mean over target tokens and a mean over samples.*Pass the one of the main part"
     ):
         joining(SAMPLES, "auto", read_loss(loss))
     assert joining(SAMPLES, "mean", read_loss(loss)).reduction == "mean"
@@ -250,7 +285,8 @@ def test_two_forward_passes_have_a_reduction_each() -> None:
         steps = {step.samples.tasks[0]: step for step in capture.finish()}
     counts = (batch["labels"][:, 1:] != -100).sum(dim=1).double()
     torch.testing.assert_close(steps["a"].scales, counts.sum() / counts)
-    assert steps["b"].scales.tolist() == [1.0, 1.0]
+    torch.testing.assert_close(steps["a"].num_terms, counts)
+    assert steps["b"].scales.tolist() == steps["b"].num_terms.tolist() == [1.0, 1.0]
 
 
 def each_token(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

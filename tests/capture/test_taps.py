@@ -331,7 +331,9 @@ def test_one_value_that_is_not_finite_is_noticed(field: str, value: float) -> No
 
     def step() -> CapturedStep:
         samples = Samples(("math", "code"), ("0", "1"))
-        return CapturedStep(samples, torch.ones(2), {"q_proj": GradientFactors(**tensors, offsets=offsets)})
+        return CapturedStep(
+            samples, *torch.ones(2, 2), {"q_proj": GradientFactors(**tensors, offsets=offsets)}
+        )
 
     assert step().is_finite
     tensors[field][4, 1] = value

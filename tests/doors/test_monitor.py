@@ -179,6 +179,7 @@ def test_scalars_can_stop_training_and_choose_checkpoints(tmp_path: Path) -> Non
             "conflict_min",
             "forgetting_max",
             "loss_rise_max",
+            "exchange_max",
         )
     }
 

@@ -26,7 +26,7 @@ def filled_cache(directory: Path) -> tuple[GradientCache, torch.Tensor]:
         names = tuple(TASKS[4 * part : 4 * part + 4])
         samples = Samples(names, tuple(f"{part}.{i}" for i in range(4)))
         factors = {PROJECTION.module_name: GradientFactors(activation, grad_output, offsets)}
-        cache.append(0, [CapturedStep(samples, torch.ones(4, dtype=torch.float64), factors)])
+        cache.append(0, [CapturedStep(samples, *torch.ones(2, 4, dtype=torch.float64), factors)])
         for i in range(4):
             tokens = slice(2 * i, 2 * i + 2)
             gradients.append((grad_output[tokens].T @ activation[tokens]).reshape(2, -1))

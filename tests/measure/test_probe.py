@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from oracles import batch_of_one_gradients
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
@@ -257,6 +258,38 @@ def test_an_optimiser_that_steps_inside_the_backward_pass_does_not_step() -> Non
         parameter.register_post_accumulate_grad_hook(lambda p: stepped.append(p))
     probe_interference(model, loader(make_samples()))
     assert stepped == []
+
+
+@pytest.mark.parametrize("own_loss", ["mean", "sum"])
+def test_the_curvature_counts_the_target_tokens_of_each_sample(own_loss: str) -> None:
+    """Samples of 1 to 5 targets. Where a sample's loss is their sum, there is nothing to count."""
+    model = Attention()
+    samples = make_samples()
+    labels = torch.randint(WIDTH, (len(samples), 5))
+    for row, own in enumerate(labels):
+        own[1 + row % 5 :] = -100
+    counts = (labels != -100).sum(dim=1)
+
+    def loss(model: nn.Module, batch: dict) -> torch.Tensor:
+        scores = model(batch["x"]).flatten(0, 1)
+        return functional.cross_entropy(scores, batch["labels"].flatten(), reduction=own_loss)
+
+    def alone(index: int) -> torch.Tensor:
+        return loss(model, {"x": samples[index]["x"][None], "labels": labels[index]})
+
+    batches = loader([sample | {"labels": own} for sample, own in zip(samples, labels, strict=True)])
+    heatmap = probe_interference(model, batches, loss=loss, settings=ScoreSettings(update="sgd"))
+    weights = {"V": model.v_proj.weight}
+    gradients = (
+        batch_of_one_gradients(model, weights, alone, len(samples))["V"].unflatten(1, (HEADS, -1)).flatten(2)
+    )
+    tasks = [sample["task"] for sample in samples]
+    fisher = gradients.square().mean(dim=0)
+    num_terms = counts.double() if own_loss == "mean" else None
+    expected = head_interference(gradients, tasks, fisher, update="sgd", num_terms=num_terms)["math", "code"]
+    for score in ("forgetting", "loss_rise"):
+        found = heatmap.values("math", "code", score)[0, :, BLOCKS.index("V")]
+        torch.testing.assert_close(found, expected[score], rtol=1e-4, atol=1e-9)
 
 
 def test_a_plain_module_is_measured_with_a_loss_of_the_users() -> None:

@@ -29,6 +29,7 @@ def captured(ids: list[str], tasks: list[str] | None = None, tokens: int = 2, wi
     return CapturedStep(
         Samples(tuple(tasks or ["math"] * len(ids)), tuple(ids)),
         torch.full((len(ids),), 4.0, dtype=torch.float64),
+        torch.arange(1.0, len(ids) + 1, dtype=torch.float64),
         {
             "q": GradientFactors(shared, grads[0], offsets),
             "k": GradientFactors(shared, grads[1], offsets),

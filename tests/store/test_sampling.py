@@ -128,7 +128,7 @@ def captured_like_qwen3(num_samples: int = 8, tokens: int = 4) -> tuple[Captured
     heads = {name: contiguous_heads(8 if name in "kv" else 16, 128) for name in widths}
     projections = [Projection(name, 0, "layer", name.upper(), heads[name]) for name in widths]  # type: ignore[arg-type]
     samples = Samples(("math",) * num_samples, tuple(map(str, range(num_samples))))
-    return CapturedStep(samples, torch.ones(num_samples).double(), factors), projections
+    return CapturedStep(samples, *torch.ones(2, num_samples).double(), factors), projections
 
 
 def test_a_sample_of_the_qwen3_1_7b_shape_takes_2_75_megabytes(tmp_path: Path) -> None:

@@ -55,7 +55,8 @@ def filled(directory: Path, num_steps: int, dtype: torch.dtype = torch.float32) 
         }
         ids = tuple(f"{step}.{i}" for i in range(4))
         samples = Samples(("math", "code", "math", "code"), ids)
-        cache.append(step, [CapturedStep(samples, torch.rand(4, generator=generator).double(), factors)])
+        scales = torch.rand(4, generator=generator).double()
+        cache.append(step, [CapturedStep(samples, scales, torch.ones(4).double(), factors)])
     return cache
 
 

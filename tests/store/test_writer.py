@@ -34,9 +34,8 @@ def captured(number: int, value: float = 1.0) -> CapturedStep:
     generator = torch.Generator().manual_seed(number)
     activation = value * torch.randn(6, 4, generator=generator)
     factors = {"q": GradientFactors(activation, torch.ones(6, 4), torch.tensor([0, 3, 6]))}
-    return CapturedStep(
-        Samples(("math", "code"), (f"{number}a", f"{number}b")), torch.ones(2).double(), factors
-    )
+    ones = torch.ones(2).double()
+    return CapturedStep(Samples(("math", "code"), (f"{number}a", f"{number}b")), ones, ones, factors)
 
 
 def contents(directory: Path) -> dict[str, str]:
