@@ -15,6 +15,7 @@ from qkov_lightning.heads.verification import CellCheck, Verification, verify_pr
 from qkov_lightning.measure.encoding import HeatmapError
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.probe import probe_interference
+from qkov_lightning.measure.verdict import PairVerdict, Verdict, judge
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.scores.fisher import EmpiricalFisher
 from qkov_lightning.scores.functional import head_interference, sample_pairs
@@ -47,10 +48,12 @@ __all__ = [
     "InterferenceHeatmap",
     "InterferenceMonitor",
     "NotComparableError",
+    "PairVerdict",
     "PermutationTest",
     "Processes",
     "Projection",
     "ScoreSettings",
+    "Verdict",
     "Verification",
     "__version__",
     "bootstrap_standard_error",
@@ -59,6 +62,7 @@ __all__ = [
     "describe",
     "find_projections",
     "head_interference",
+    "judge",
     "permutation_test",
     "probe_interference",
     "register_architecture",

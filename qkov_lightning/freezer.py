@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.heads.weights import find_weight, local_part
+from qkov_lightning.heads.slices import FrozenSlice
+from qkov_lightning.heads.weights import find_weight
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.verdict import HARM, Verdict, judge
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.views.report import find_latest
@@ -30,25 +30,28 @@ class HeadFreezer(Callback):
     """Freezes cells: their weights are bit-identical after every optimiser step, while all others train.
 
     Before each step the gradients of the frozen slices are set to zero, so that they count neither for
-    gradient clipping nor for the optimiser's moments, and their values are noted; after it they are put back,
-    so that momentum and weight decay cannot move them. Moments that were there before fade out, as under zero
+    gradient clipping nor for the optimiser's moments. Their values are noted when a batch begins and put back
+    after every step and when the batch ends, so that momentum, weight decay and optimisers that move weights
+    outside of their ``step`` (SAM) cannot move them. Moments that were there before fade out, as under zero
     gradients.
 
     A head of Q, K or V owns its entries of the bias too; the bias of O belongs to all heads together and
     trains. Under grouped-query attention a K or V head serves several query heads; the report at the start of
     training names them.
 
-    The cells are a list, or those of a heatmap (a file, or that of the monitor in the same Trainer) with the
-    worst score. A monitor's first heatmap within the range decides; the choice goes into checkpoints.
+    The cells are a list, or come from a heatmap (a file, or that of the monitor in the same Trainer): those
+    that hurt a task for sure, in the sense of :func:`~qkov_lightning.judge`, the worst by the score first. Of
+    a monitor, the first heatmap within the range that has such cells decides; the choice goes into
+    checkpoints. What they are predicted to spare the task is logged.
 
     Args:
         cells: Names of cells, as in ``["L15.H8.O"]``.
         heatmap: Heatmap file, or folder of a run.
         monitor: Name of the ``InterferenceMonitor`` in the same Trainer.
-        score: Score by which cells are chosen from a heatmap.
+        score: Score by which one of the cells is worse than another: ``loss_rise``, or ``exchange`` for the
+            harm per gain of the task that trains.
         pair: Task pair that they are chosen for, ``<task_a>__<task_b>``; the worst over all pairs by default.
-        top: Number of cells to choose from a heatmap.
-        threshold: Chooses the cells whose score is worse than this.
+        top: Most cells to choose from a heatmap; all that surely hurt by default.
         start_step: Optimiser step at which freezing starts.
         stop_step: Optimiser step at which it ends; never by default.
         start_epoch: Epoch at which it starts.
@@ -57,11 +60,11 @@ class HeadFreezer(Callback):
 
     Raises:
         ValueError: If there is not exactly one source of cells, a name is no cell, or a number is out of
-            range.
+            range; at the start of training, if no cell of the heatmap surely hurts.
 
     Example:
         >>> freezer = HeadFreezer(["L15.H8.O", "L3.H0.K"], stop_epoch=2)
-        >>> freezer = HeadFreezer(heatmap="runs/demo", score="loss_rise", pair="math__code", top=8)
+        >>> freezer = HeadFreezer(heatmap="runs/demo", pair="math__code", top=8)
     """
 
     def __init__(
@@ -69,10 +72,9 @@ class HeadFreezer(Callback):
         cells: Sequence[str] | None = None,
         heatmap: str | Path | None = None,
         monitor: str | None = None,
-        score: str = "loss_rise",
+        score: str = HARM,
         pair: str | None = None,
         top: int | None = None,
-        threshold: float | None = None,
         start_step: int = 0,
         stop_step: int | None = None,
         start_epoch: int = 0,
@@ -81,14 +83,8 @@ class HeadFreezer(Callback):
     ) -> None:
         if sum(source is not None for source in (cells, heatmap, monitor)) != 1:
             raise ValueError("HeadFreezer: expected exactly one of cells, heatmap and monitor.")
-        if (top is None) == (threshold is None) and cells is None:
-            raise ValueError(
-                "HeadFreezer: expected one of top and threshold, to choose cells from a heatmap."
-            )
-        if cells is not None and (top is not None or threshold is not None or pair is not None):
-            raise ValueError(
-                "HeadFreezer: top, threshold and pair choose from a heatmap, expected none beside cells."
-            )
+        if cells is not None and (top is not None or pair is not None):
+            raise ValueError("HeadFreezer: top and pair choose from a heatmap, expected none beside cells.")
         if score not in SCORES:
             raise ValueError(f"HeadFreezer: score is {score!r}, expected one of {', '.join(SCORES)}.")
         if top is not None and top < 1:
@@ -99,7 +95,7 @@ class HeadFreezer(Callback):
                     f"HeadFreezer: start_{unit} is {start} and stop_{unit} {stop}, expected 0 <= start < stop."
                 )
         self.heatmap, self.monitor = heatmap, monitor
-        self.score, self.pair, self.top, self.threshold = score, pair, top, threshold
+        self.score, self.pair, self.top = score, pair, top
         self.start_step, self.stop_step = start_step, stop_step
         self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
         self.projections = projections
@@ -108,9 +104,10 @@ class HeadFreezer(Callback):
         self.num_frozen = 0
         """Weights and biases in them, over all processes."""
         self._map: dict[str, tuple[Projection, int]] = {}
-        self._slices: list[_FrozenSlice] = []
+        self._slices: list[FrozenSlice] = []
         self._thawed = False
         self._in_range = False
+        self._undecided: InterferenceHeatmap | None = None
         self._handles: list[Any] = []
         for name in self.cells:
             if not CELL.fullmatch(name):
@@ -123,7 +120,11 @@ class HeadFreezer(Callback):
     # When
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads, before anything is compiled."""
+        """Place the heads, before anything is compiled, and choose the cells if they come from a file.
+
+        Raises:
+            ValueError: If no cell of the file surely hurts.
+        """
         projections = list(self.projections or find_projections(pl_module))
         self._map = {
             f"L{projection.layer}.H{head}.{projection.block}": (projection, head)
@@ -131,7 +132,10 @@ class HeadFreezer(Callback):
             for head in range(projection.num_heads)
         }
         if self.heatmap is not None and not self.cells:
-            self._choose(InterferenceHeatmap.load(find_latest(Path(self.heatmap))))
+            heatmap = InterferenceHeatmap.load(find_latest(Path(self.heatmap)))
+            verdict = self._choose(heatmap)
+            if not self.cells:
+                raise ValueError(f"HeadFreezer: {_nothing_sure(verdict, self.heatmap)}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights, and hook the steps of every optimiser."""
@@ -149,7 +153,7 @@ class HeadFreezer(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """See whether this step is in the range, and whether the monitor has a heatmap by now."""
+        """See whether this batch is in the range, and whether the monitor has a new heatmap by now."""
         self._in_range = (
             self.start_step <= trainer.global_step < (self.stop_step or 2**62)
             and self.start_epoch <= trainer.current_epoch < (self.stop_epoch or 2**62)
@@ -157,9 +161,23 @@ class HeadFreezer(Callback):
         )
         if self.monitor is not None and not self.cells and self._in_range:
             heatmap = _find_monitor(trainer, self.monitor).heatmap
-            if heatmap is not None:
-                self._choose(heatmap)
-                self._find_slices(pl_module)
+            if heatmap is not None and heatmap is not self._undecided:
+                verdict = self._choose(heatmap)
+                if self.cells:
+                    self._find_slices(pl_module)
+                else:
+                    self._undecided = heatmap
+                    rank_zero_info(f"HeadFreezer: {_nothing_sure(verdict, self.monitor)}")
+        for one in self._slices:
+            one.forget()
+            if self._is_active:
+                one.remember()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Put back what was moved outside of a step."""
+        self._after_step()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -177,27 +195,29 @@ class HeadFreezer(Callback):
         if self._is_active:
             for one in self._slices:
                 one.remove_gradient()
-                one.remember()
 
     def _after_step(self, *_: Any) -> None:
-        for one in self._slices:
-            one.put_back()
+        if self._is_active:
+            for one in self._slices:
+                one.put_back()
 
     # What
 
-    def _choose(self, heatmap: InterferenceHeatmap) -> None:
-        """Take the worst cells of a heatmap.
+    def _choose(self, heatmap: InterferenceHeatmap) -> Verdict:
+        """Take the worst cells of a heatmap that surely hurt; none if there is none.
 
         Raises:
             ValueError: If it is of another model.
         """
-        falling = SCORES[self.score].falling
-        worst: dict[str, float] = {}
         selection = select(heatmap, self.pair, self.score)
+        verdict = judge(heatmap, selection.pairs)
+        harmful = {(cell.task_a, cell.task_b, cell.name): cell.value for cell in verdict.harmful}
+        worst: dict[str, float] = {}
         for a, b in selection.pairs:
             for cell in selection.cells(heatmap, a, b):
-                harm = -cell.value if falling else cell.value
-                worst[cell.name] = max(harm, worst.get(cell.name, harm))
+                if (a, b, cell.name) in harmful:
+                    harm = -cell.value if SCORES[self.score].falling else cell.value
+                    worst[cell.name] = max(harm, worst.get(cell.name, harm))
                 info = heatmap.layers[cell.layer].blocks[cell.block]
                 projection = self._map[cell.name][0] if cell.name in self._map else None
                 if projection is None or projection.module_name != info.module_name:
@@ -206,11 +226,16 @@ class HeadFreezer(Callback):
                         f"{'no cell' if projection is None else f'`{projection.module_name}`'}. Expected a heatmap of "
                         "this model."
                     )
-        order = sorted(worst, key=lambda name: -worst[name])
-        if self.threshold is not None:
-            limit = -self.threshold if falling else self.threshold
-            order = [name for name in order if worst[name] > limit]
-        self.cells = tuple(order[: self.top])
+        self.cells = tuple(sorted(worst, key=lambda name: -worst[name])[: self.top])
+        for pair in verdict.pairs:
+            own = [cell for cell in pair.harmful if cell.name in self.cells]
+            if own:
+                rank_zero_info(
+                    f"HeadFreezer: training {pair.task_b!r} is predicted to raise the loss of {pair.task_a!r} by "
+                    f"{sum(cell.value for cell in own):.3g} in {len(own)} of these cells (standard error at most "
+                    f"{sum(cell.standard_error for cell in own):.1g}), and by {pair.rise:.3g} in all {pair.num_cells}."
+                )
+        return verdict
 
     def _find_slices(self, model: nn.Module) -> None:
         """Find the weights of the cells, and say how many they are.
@@ -239,7 +264,7 @@ class HeadFreezer(Callback):
             names.setdefault(id(parameter), []).append(name)
         for (name, axis), indices in features.items():
             parameter = model.get_parameter(name)
-            self._slices.append(_FrozenSlice(parameter, axis, indices))
+            self._slices.append(FrozenSlice(parameter, axis, indices))
             self.num_frozen += len(indices) * parameter.numel() // parameter.shape[axis]
             others = [other for other in names[id(parameter)] if other != name]
             if others:
@@ -276,42 +301,6 @@ class HeadFreezer(Callback):
         self._handles, self._slices = [], []
 
 
-@dataclass(eq=False)
-class _FrozenSlice:
-    """Rows or columns of one parameter, or of this process's part of it."""
-
-    parameter: nn.Parameter
-    axis: int
-    features: list[int]
-    _indices: Tensor | None = None
-    _before: Tensor | None = None
-
-    def _part(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        part, start = local_part(tensor, self.axis)
-        if self._indices is None:
-            own = [i - start for i in self.features if start <= i < start + part.shape[self.axis]]
-            self._indices = torch.tensor(own, dtype=torch.int64, device=part.device)
-        return part, self._indices
-
-    @torch.no_grad()
-    def remove_gradient(self) -> None:
-        if self.parameter.grad is not None:
-            part, indices = self._part(self.parameter.grad)
-            part.index_fill_(self.axis, indices, 0.0)
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        part, indices = self._part(self.parameter)
-        self._before = part.index_select(self.axis, indices)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        if self._before is not None:
-            part, indices = self._part(self.parameter)
-            part.index_copy_(self.axis, indices, self._before)
-            self._before = None
-
-
 def _find_monitor(trainer: Trainer, name: str) -> InterferenceMonitor:
     """The monitor of that name.
 
@@ -325,6 +314,15 @@ def _find_monitor(trainer: Trainer, name: str) -> InterferenceMonitor:
             "Add InterferenceMonitor() to its callbacks."
         )
     return monitors[name]
+
+
+def _nothing_sure(verdict: Verdict, source: object) -> str:
+    cells = sum(pair.num_cells for pair in verdict.pairs)
+    return (
+        f"no cell of {str(source)!r} surely hurts a task: in none of {cells} is the predicted rise of the loss beyond what its "
+        f"standard error allows (at {verdict.alpha:.0%} of wrong cells). Nothing is frozen. Measure more samples, or name "
+        "the cells."
+    )
 
 
 def _range(names: list[str]) -> str:
