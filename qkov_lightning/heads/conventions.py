@@ -127,6 +127,8 @@ FUSED: tuple[tuple[Placement, tuple[str, ...]], ...] = (
             "transformers.*.SegGptAttention.qkv",
             "transformers.*.VitDetAttention.qkv",
             "transformers.*.TimesformerSelfAttention.qkv",
+            "transformers.*.HieraMaskUnitAttention.qkv",
+            "transformers.*.Sam2*MultiScaleAttention.qkv",
             "timm.layers.attention.Attention*.qkv",
             "timm.models.vision_transformer*.Attention.qkv",
             "timm.models.crossvit.Attention.qkv",
@@ -142,6 +144,11 @@ FUSED: tuple[tuple[Placement, tuple[str, ...]], ...] = (
 
 FUSED_NAMES = ("qkv", "Wqkv", "to_qkv", "qkv_proj", "c_attn", "query_key_value", "wqkv", "W_pack")
 """Names that say a projection is fused, whatever the class around it is called."""
+
+KEYS_THEN_VALUES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("to_q", "to_kv", ("transformers.*.GraniteSpeech*Attention",)),
+)
+"""Queries of their own, and a projection ``k0 k1 .. v0 v1 ..``: names, and full names of the classes."""
 
 GATED_QUERY = (
     "transformers.*.Qwen3NextAttention",
@@ -167,6 +174,9 @@ NOT_SOFTMAX = ("conv1d", "q_conv1d", "A_log", "dt_bias", "igate_preact")
 LINEAR_ATTENTION = ("transformers.*.MiniMaxLightningAttention",)
 """Linear attention without such parts."""
 
+LANDMARKS = ("transformers.*.NystromformerSelfAttention",)
+"""Attention over landmarks, or over tokens where there are as many of these."""
+
 MIXES_HEADS = (
     "talking_head*",
     "pre_*talking_heads",
@@ -184,7 +194,6 @@ REFUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "transformers.*.DiffLlamaAttention",
             "transformers.*.DogeAttention",
-            "transformers.*.NystromformerSelfAttention",
             "transformers.*.ProphetNetNgramSelfAttention",
         ),
     ),
@@ -192,7 +201,6 @@ REFUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
         "no softmax over tokens",
         (
             "transformers.*.GroupViTAssignAttention",
-            "transformers.*.IBertSelfAttention",
             "transformers.*.MraSelfAttention",
             "transformers.*.YosoSelfAttention",
             "*.*LinearAttention",
@@ -203,6 +211,10 @@ REFUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
             "*.*ChannelAttention",
             "*.XCA",
         ),
+    ),
+    (
+        "projections that return more than one tensor",
+        ("transformers.*.IBertSelfAttention",),
     ),
     (
         "weights that it uses without calling its projections, so that no gradient can be captured,",
@@ -219,6 +231,8 @@ REFUSED: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 def refusal(module: nn.Module) -> str | None:
     """Why an attention module is refused whatever the names of its parts, or None."""
+    if follows(module, LANDMARKS) and getattr(module, "num_landmarks", 0) != getattr(module, "seq_len", 0):
+        return "softmaxes over landmarks in place of one over tokens"
     for reason, classes in REFUSED:
         # In diffusers a processor does the arithmetic of an attention module.
         if follows(module, classes) or follows(getattr(module, "processor", None), classes):

@@ -37,6 +37,10 @@ def by_head(tensor: Tensor, num_heads: int) -> Float[Tensor, "sample head query 
         return tensor.reshape(-1, num_heads, *rows)
     if tensor.ndim >= 5 and tensor.shape[1:-2].numel() == num_heads:  # key-value heads x query heads of each
         return tensor.reshape(-1, num_heads, *rows)
+    if tensor.ndim == 5 and tensor.shape[1] == num_heads:  # windows between heads and queries
+        return tensor.transpose(1, 2).reshape(-1, num_heads, *rows)
+    if tensor.ndim == 4 and tensor.shape[2] == num_heads:  # heads behind queries, as of sliding windows
+        return tensor.transpose(1, 2)
     if tensor.ndim == 3 and tensor.shape[0] % num_heads == 0:  # samples and heads in one axis
         return tensor.reshape(-1, num_heads, *rows)
     return None
@@ -189,8 +193,15 @@ class AttentionGraph:
             elif any(strays[h] for h in expected):
                 problems.append("features outside the slice act on the head too")
             else:
-                problems.append(_role_problem(projection.block, num_tokens[:, head]))
+                pooled = self._tokens_per_query(projection, scores=operand)
+                problems.append(_role_problem(projection.block, num_tokens[:, head], pooled))
         return problems
+
+    def _tokens_per_query(self, projection: Projection, scores: Tensor) -> int:
+        """How many tokens are pooled into one query; 1 as a rule, and where a query would see all keys."""
+        tokens = sum(output.shape[:-1].numel() for output in self.outputs[projection.module_name])
+        pooled = max(1, tokens // (scores.shape[0] * scores.shape[2]))
+        return pooled if pooled < scores.shape[3] else 1
 
     def _sways_scores(self, projection: Projection, scores: Tensor) -> bool:
         """Whether values out of a module of their own decide what is attended to."""
@@ -248,11 +259,12 @@ def _instead(moved: set[int], expected: set[int]) -> str:
     return f"moves {heads(moved)} instead of {heads(expected)}" if moved else "moves no head"
 
 
-def _role_problem(block: Block, num_tokens: Tensor) -> str | None:
+def _role_problem(block: Block, num_tokens: Tensor, pooled: int) -> str | None:
     """Whether the features act as what they are claimed to be, from how many tokens one query token sees."""
     seen = num_tokens[num_tokens > 0]
     if block == "Q":
-        return None if len(seen) and int(seen.min()) == 1 else "acts at several tokens: a key, not a query"
+        one = len(seen) and int(seen.min()) <= pooled
+        return None if one else "acts at several tokens: a key, not a query"
     if len(seen) and int(seen.max()) > 1:
         return None
     return f"acts at one token only: not a {'key' if block == 'K' else 'value'}"

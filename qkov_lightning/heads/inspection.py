@@ -207,8 +207,9 @@ def random_batch(model: nn.Module, num_tokens: int = 8) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     vocabulary, side = (getattr(config, name, None) for name in ("vocab_size", "image_size"))
     if takes == "pixel_values" and isinstance(side, int):
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(2, channels, side, side, generator=generator)}
+        frames = getattr(config, "num_frames", None)  # of a video
+        shape = (2, *([] if frames is None else [frames]), getattr(config, "num_channels", 3), side, side)
+        return {"pixel_values": torch.randn(shape, generator=generator)}
     if takes != "input_ids" or not isinstance(vocabulary, int):
         raise ValueError(
             f"{type(model).__name__} takes neither tokens of a known number nor images of a known size: verify it in "

@@ -13,6 +13,7 @@ from qkov_lightning.heads.conventions import (
     FUSED,
     GATED_QUERY,
     HEAD_DIM,
+    KEYS_THEN_VALUES,
     LATENT,
     LATENT_QUERIES,
     LINEAR_ATTENTION,
@@ -68,6 +69,9 @@ def placement_of(module: nn.Module) -> Callable[[nn.Module, str, nn.Module], Hea
             and getattr(module, names[2], 0) is None
         ):
             return partial(_place_separate, names=names[:2])
+    for query, both, classes in KEYS_THEN_VALUES:
+        if all(is_linear(child_of(module, child)) for child in (query, both)) and follows(module, classes):
+            return partial(_place_keys_then_values, query=query, both=both)
     for leaf, child in module.named_children():
         for place, classes in FUSED:
             if is_linear(child) and follows(module, classes, f".{leaf}"):
@@ -115,6 +119,21 @@ def _place_separate(model: nn.Module, name: str, module: nn.Module, names: tuple
         head_map["V"] = (names[2], contiguous_heads(kv_heads, value_dim))
     head_map["O"] = (output, _output_heads(model, name, module, output, heads, value_dim))
     return head_map
+
+
+def _place_keys_then_values(model: nn.Module, name: str, module: nn.Module, query: str, both: str) -> HeadMap:
+    heads, output = _num_heads(model, name, module), _output(model, name, module)
+    rows, rows_both = (linear_sizes(module.get_submodule(child))[1] for child in (query, both))
+    head_dim = divide(name, query, rows, heads)
+    if rows_both != 2 * rows:
+        raise ArchitectureError(
+            f"Attention `{name}` ({type(module).__name__}): `{both}` has {rows_both} rows, expected 2 x {heads} heads x "
+            f"{head_dim} = {2 * rows}. {how_to_register(module)}"
+        )
+    keys, values = contiguous_heads(2 * heads, head_dim).split(heads)
+    output_heads = _output_heads(model, name, module, output, heads, head_dim)
+    queries = contiguous_heads(heads, head_dim)
+    return {"Q": (query, queries), "K": (both, keys), "V": (both, values), "O": (output, output_heads)}
 
 
 def place_packed(name: str, module: nn.MultiheadAttention) -> HeadMap:

@@ -231,7 +231,8 @@ class _Observer(MultiheadLinears):
     def _softmax(self, scores: Tensor, output: Tensor, dim: int | None) -> Tensor:
         if not scores.requires_grad or dim not in (-1, scores.ndim - 1):
             return output
-        leaf = output.detach().requires_grad_()
+        # A token that may look at nothing has no probabilities, and a model may mend that later.
+        leaf = output.detach().nan_to_num(0.0).requires_grad_()
         self._softmaxes.append(_Softmax(scores, leaf))
         return leaf.clone()
 

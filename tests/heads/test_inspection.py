@@ -141,6 +141,9 @@ def test_models_that_take_neither_tokens_nor_images_are_sent_to_python() -> None
         random_batch(nn.MultiheadAttention(8, 2))
     assert random_batch(llama())["input_ids"].shape == torch.Size([2, 8])
     assert random_batch(vit())["pixel_values"].shape == torch.Size([2, 3, 8, 8])
+    video = vit()
+    video.config.num_frames = 5
+    assert random_batch(video)["pixel_values"].shape == torch.Size([2, 5, 3, 8, 8])
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
