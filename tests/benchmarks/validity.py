@@ -22,7 +22,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from confined import LAYERS, TASKS, FromLayer, ModelCell, Texts, all_cells, cell_gradients, make_model, train
+from confined import (
+    CONTEXT,
+    LAYERS,
+    TASKS,
+    FromLayer,
+    ModelCell,
+    Texts,
+    all_cells,
+    cell_gradients,
+    make_model,
+    train,
+)
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -36,7 +47,7 @@ from planted import named_first
 
 RECOMMENDED = "loss_rise"
 NUM_SAMPLES, NUM_HELD_OUT, BATCH_SIZE = 256, 256, 16
-SGD_RATE, ADAM_RATE, ADAM_STEPS = 0.3, 2e-3, (5,)
+SGD_RATE, ADAM_RATE, ADAM_STEPS = 0.3, 2e-3, (5, 15)
 PROTOCOLS = ("1 step of SGD", *(f"{steps} steps of Adam" for steps in ADAM_STEPS))
 STARTS = {"half-trained on A": 100, "converged on A": 450}
 COLOURS = {"half-trained on A": ("#E69F00", "o"), "converged on A": ("#0072B2", "s")}
@@ -80,8 +91,10 @@ def predictions(gradients: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     fisher = torch.stack([own.square().mean(dim=0) for own in gradients.values()]).mean(dim=0)
     indices = torch.arange(len(TASKS)).repeat_interleave(NUM_SAMPLES)
     samples = [torch.cat(list(gradients.values()))]
+    # The loss of a window is the mean over its bytes.
+    terms = torch.full((len(samples[0]),), float(CONTEXT), dtype=torch.float64)
     statistics = {
-        update: slice_statistics(samples, indices, len(TASKS), fisher, 1e-3, update)
+        update: slice_statistics(samples, indices, len(TASKS), fisher, 1e-3, update, num_terms=terms)
         for update in ("sgd", "adam")
     }
     # The anchors that are no scores. The prototype divided by the Fisher of task A itself.
