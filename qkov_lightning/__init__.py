@@ -15,8 +15,10 @@ from qkov_lightning.heads.verification import CellCheck, Verification, verify_pr
 from qkov_lightning.measure.encoding import HeatmapError
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.probe import probe_interference
+from qkov_lightning.measure.subspace import ProtectedSubspace, SubspaceError, measure_subspace
 from qkov_lightning.measure.verdict import PairVerdict, Verdict, judge
 from qkov_lightning.monitor import InterferenceMonitor
+from qkov_lightning.projector import HeadProjector
 from qkov_lightning.scores.fisher import EmpiricalFisher
 from qkov_lightning.scores.functional import head_interference, sample_pairs
 from qkov_lightning.scores.metric import HeadInterference
@@ -44,6 +46,7 @@ __all__ = [
     "GradientCapture",
     "HeadFreezer",
     "HeadInterference",
+    "HeadProjector",
     "HeatmapError",
     "InterferenceHeatmap",
     "InterferenceMonitor",
@@ -52,7 +55,9 @@ __all__ = [
     "PermutationTest",
     "Processes",
     "Projection",
+    "ProtectedSubspace",
     "ScoreSettings",
+    "SubspaceError",
     "Verdict",
     "Verification",
     "__version__",
@@ -63,6 +68,7 @@ __all__ = [
     "find_projections",
     "head_interference",
     "judge",
+    "measure_subspace",
     "permutation_test",
     "probe_interference",
     "register_architecture",

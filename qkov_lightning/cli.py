@@ -27,6 +27,7 @@ from qkov_lightning.measure.cells import printable
 from qkov_lightning.measure.encoding import HeatmapError
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.probe import find_probe, load_weights, probe_interference
+from qkov_lightning.measure.subspace import Rest, measure_subspace
 from qkov_lightning.views.report import find_latest, find_step, load_history, write_report
 from qkov_lightning.views.tables import COLUMNS, select, selected_rows, to_csv, to_json
 from qkov_lightning.views.terminal import epoch_table, markdown_table, overview
@@ -124,6 +125,41 @@ def probe(
     heatmap.save(output)
     Console().print(epoch_table(heatmap))
     sys.stdout.write(f"{output}\n")
+
+
+def protect(
+    checkpoint: Path,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    hook: str = "probe_dataloader",
+    rank: int | float = 0.5,
+    rest: Rest = "leave",
+    output: Path = Path("protected.safetensors"),
+) -> None:
+    """Measure which directions of its weights the samples use, for HeadProjector to keep them.
+
+    Args:
+        checkpoint: Checkpoint that Lightning wrote.
+        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel
+            --model.width 64`).
+        data: LightningDataModule that has the samples of the tasks to protect.
+        hook: Method of the data module (or the model) that returns their DataLoader.
+        rank: Directions of each module's inputs: a number of them, or their share of the inputs.
+        rest: "tensors" also measures the weights outside of the heads, for full fine-tuning.
+        output: File to write.
+
+    Raises:
+        ValueError: If the model or the data is missing.
+    """
+    if model is None or data is None:
+        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
+    load_weights(model, checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    subspace = measure_subspace(model, find_probe(hook, data, model), rank=rank, rest=rest)
+    subspace.save(output)
+    size = f"{subspace.num_bytes / 2**20:.3g} MiB"
+    sys.stdout.write(f"{output}: {len(subspace.bases)} modules, {subspace.num_samples} samples, {size}\n")
 
 
 def verify(
@@ -274,6 +310,7 @@ def main() -> None:
         "show": show,
         "report": report,
         "probe": probe,
+        "protect": protect,
         "verify": verify,
         "gate": gate,
         "diff": diff,

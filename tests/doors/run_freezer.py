@@ -51,3 +51,6 @@ def main(root: Path, mode: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
+    if torch.distributed.is_initialized():  # threads of gloo that outlive the interpreter abort it
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

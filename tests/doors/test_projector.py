@@ -1,0 +1,345 @@
+"""Steps lose their part in what a task uses; nothing else of them changes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import CausalSelfAttention, Classifier, GroupedAttention
+from modules import Module, loader, trainer
+from test_freezer import Optimised, Packed, Perturbed, Transformer, adamw
+from torch import Tensor, nn
+from versions import WHOLE_CHECKPOINT, needs_sharding_on_cpu
+
+from qkov_lightning import (
+    ArchitectureError,
+    HeadProjector,
+    ProtectedSubspace,
+    SubspaceError,
+    find_projections,
+    measure_subspace,
+)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval.*"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*"),
+]
+
+ROUNDING = 1e-6
+"""Of float32 weights of size 1, that are written back after every step."""
+
+
+def probe(size: int = 8) -> list[dict[str, Any]]:
+    return list(loader(size))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def steps_of(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+
+
+def inside(subspace: ProtectedSubspace, projection: Any, step: Tensor) -> Tensor:
+    """What is left of a step along the protected directions, head by head, by hand."""
+    basis = subspace.bases[projection.module_name].double()
+    parts = []
+    for head, features in enumerate(projection.head_features):
+        if projection.block == "O":
+            parts.append((step.double()[:, features] @ basis[head]).abs().max())
+        else:
+            parts.append((step.double()[features] @ basis[0]).abs().max())
+    return torch.stack(parts)
+
+
+@pytest.mark.parametrize("make", [adamw, torch.optim.Adagrad], ids=["adamw", "adagrad"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"gradient_clip_val": 0.05}, {"accumulate_grad_batches": 4}, {"precision": "bf16-mixed"}],
+    ids=["plain", "clipped", "accumulated", "bf16-mixed"],
+)
+def test_steps_have_no_part_in_the_subspace_and_a_part_outside(
+    tmp_path: Path, make: Any, settings: dict[str, Any]
+) -> None:
+    module, projector = Optimised(make), HeadProjector(probe(), rank=3)
+    before = weights_of(module)
+    trainer(tmp_path, projector, **settings).fit(module, loader(24))
+    steps = steps_of(module, before)
+    for projection in find_projections(module):
+        step = steps[f"{projection.module_name}.weight"]
+        assert (inside(projector.subspace, projection, step) < 10 * ROUNDING).all()
+        assert step.abs().max() > 1e-3
+        if projection.block != "O":
+            assert not steps[f"{projection.module_name}.bias"].any()
+
+
+def test_the_outputs_for_protected_inputs_stay(tmp_path: Path) -> None:
+    """With as many directions as the inputs span, whatever the optimiser does."""
+    module = Optimised(adamw, network=Classifier([GroupedAttention()], width=10))
+    seen: list[Tensor] = []
+    batches = probe(4)[:1]
+    handle = module.network.layers[0].q_proj.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach())
+    )
+    module.network(batches[0]["tokens"])
+    handle.remove()
+    before = module.network.layers[0].q_proj(seen[0]).detach()
+    projector = HeadProjector(batches, rank=1.0)
+    trainer(tmp_path, projector).fit(module, loader(24))
+    after = module.network.layers[0].q_proj(seen[0]).detach()
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+
+
+def test_what_is_not_protected_trains_as_if_nothing_were(tmp_path: Path) -> None:
+    """After one step, where what is protected cannot yet act on other gradients: bit by bit."""
+    free, held = Optimised(adamw), Optimised(adamw)
+    trainer(tmp_path, max_steps=1).fit(free, loader(4))
+    cells = ["L0.H1.Q", "L1.H2.O"]
+    projector = HeadProjector(probe(), rank=2, cells=cells)
+    trainer(tmp_path, projector, max_steps=1).fit(held, loader(4))
+    for projection in find_projections(held):
+        own, other = (one.get_submodule(projection.module_name).weight for one in (held, free))
+        for head, features in enumerate(projection.head_features):
+            at = (slice(None), features) if projection.block == "O" else features
+            named = f"L{projection.layer}.H{head}.{projection.block}" in cells
+            assert torch.equal(own[at], other[at]) != named
+    for name, parameter in held.named_parameters():
+        if "_proj" not in name:
+            assert torch.equal(parameter, free.get_parameter(name)), name
+
+
+def test_a_bias_is_held_where_protected_heads_own_it(tmp_path: Path) -> None:
+    module = Optimised(adamw)
+    before = weights_of(module)
+    trainer(tmp_path, HeadProjector(probe(), rank=2, cells=["L0.H1.Q", "L0.H0.O"])).fit(module, loader(8))
+    query = next(p for p in find_projections(module) if p.block == "Q" and p.layer == 0)
+    steps = steps_of(module, before)
+    own = torch.zeros(len(steps[f"{query.module_name}.bias"]), dtype=torch.bool)
+    own[query.head_features[1]] = True
+    assert torch.equal(steps[f"{query.module_name}.bias"] == 0, own)
+    output = next(p for p in find_projections(module) if p.block == "O" and p.layer == 0)
+    assert steps[f"{output.module_name}.bias"].any()  # of all heads together
+
+
+def test_the_rest_of_the_model(tmp_path: Path) -> None:
+    """Linear modules by their inputs, embeddings by their rows, everything else as a whole."""
+    module = Optimised(adamw)
+    batches = probe(4)
+    for batch in batches:
+        batch["tokens"] = batch["tokens"] % 4  # four words of the vocabulary
+    projector = HeadProjector(batches, rank=0.5, rest="tensors")
+    before = weights_of(module)
+    trainer(tmp_path, projector).fit(module, loader(24))
+    steps = steps_of(module, before)
+    linear = {name for name, one in module.named_modules() if isinstance(one, nn.Linear)}
+    embeddings = {name for name, one in module.named_modules() if isinstance(one, nn.Embedding)}
+    heads = {projection.module_name for projection in find_projections(module)}
+    assert linear - heads
+    assert embeddings
+    for name, step in steps.items():
+        owner, _, kind = name.rpartition(".")
+        if owner in embeddings:
+            moved = step.abs().sum(dim=1) > 0
+            assert not moved[:4].any()
+            assert moved[4:].any()
+        elif owner in linear - heads and kind == "weight":
+            basis = projector.subspace.bases[owner][0].double()
+            assert (step.double() @ basis).abs().max() < 10 * ROUNDING
+            assert step.abs().max() > 1e-3
+        elif owner not in heads:
+            assert not step.any(), name
+
+
+def fused(conv: bool) -> Module:
+    return Optimised(adamw, network=Classifier([CausalSelfAttention(conv=conv)], width=12))
+
+
+LAYOUTS = {
+    "fused": lambda: fused(False),
+    "fused Conv1D": lambda: fused(True),
+    "packed": lambda: Optimised(adamw, network=Classifier([Packed()], width=8)),
+    "gpt_neox": lambda: Transformer(
+        "gpt_neox", hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=8,
+        bos_token_id=0, eos_token_id=0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fused_and_packed_projections(tmp_path: Path, layout: str) -> None:
+    module = LAYOUTS[layout]()
+    projector = HeadProjector(probe(), rank=3)
+    before = weights_of(module)
+    trainer(tmp_path, projector).fit(module, loader(24))
+    steps = steps_of(module, before)
+    for projection in find_projections(module):
+        owner = module.get_submodule(projection.module_name)
+        name = "in_proj_weight" if isinstance(owner, nn.MultiheadAttention) else "weight"
+        step = steps[f"{projection.module_name}.{name}"]
+        step = step if hasattr(owner, "in_features") or name == "in_proj_weight" else step.T
+        assert (inside(projector.subspace, projection, step) < 10 * ROUNDING).all()
+        assert step.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", ["same optimiser", "inner optimiser", "lbfgs"])
+def test_what_moves_outside_of_a_step_is_projected(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "math.safetensors"
+    measure_subspace(Module(), probe(), rank=3).save(path)
+    module, projector = Perturbed(how), HeadProjector(path)
+    before = weights_of(module)
+    trainer(tmp_path, projector).fit(module, loader(12))
+    steps = steps_of(module, before)
+    for projection in find_projections(module):
+        step = steps[f"{projection.module_name}.weight"]
+        assert (inside(projector.subspace, projection, step) < 10 * ROUNDING).all()
+        assert step.abs().max() > 1e-3
+
+
+def test_a_file_protects_as_the_batches_do(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "math.safetensors"
+    measure_subspace(Module(), probe(), rank=3).save(path)
+    ends = []
+    for protect in (probe(), path, str(path)):
+        module = Optimised(adamw)
+        trainer(tmp_path, HeadProjector(protect, rank=3)).fit(module, loader(12))
+        ends.append(weights_of(module))
+    for other in ends[1:]:
+        assert all(torch.equal(ends[0][name], value) for name, value in other.items())
+
+
+def test_it_says_how_much_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """One step by hand, against what the projector says of each cell."""
+    free, held = Optimised(adamw), Optimised(adamw)
+    before = weights_of(free)
+    trainer(tmp_path, max_steps=1).fit(free, loader(4))
+    projector = HeadProjector(probe(), rank=3)
+    fit = trainer(tmp_path, projector, max_steps=1)
+    fit.fit(held, loader(4))
+    steps = steps_of(free, before)
+    for projection in find_projections(free):
+        step = steps[f"{projection.module_name}.weight"].double()
+        basis = projector.subspace.bases[projection.module_name].double()
+        for head, features in enumerate(projection.head_features):
+            own = step[:, features] if projection.block == "O" else step[features]
+            directions = basis[head if projection.block == "O" else 0]
+            share = (own @ directions).square().sum() / own.square().sum()
+            found = projector.taken[projection.layer, head, "QKVO".index(projection.block)]
+            assert float(found) == pytest.approx(float(share), rel=1e-4)
+    assert fit.callback_metrics["projector/taken"] == pytest.approx(float(projector.taken.nanmean()))
+
+
+class Weights(Callback):
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self.end = weights_of(pl_module)
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    def fit(folder: str, epochs: int, checkpoint: Path | None = None) -> dict[str, Tensor]:
+        keep = ModelCheckpoint(tmp_path / folder, save_last=True)
+        module, weights = Optimised(adamw), Weights()
+        run = trainer(
+            tmp_path,
+            HeadProjector(probe(), rank=3),
+            keep,
+            weights,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+        )
+        run.fit(module, loader(12), ckpt_path=checkpoint, **WHOLE_CHECKPOINT)
+        return weights.end
+
+    whole = fit("a", 2)
+    fit("b", 1)
+    resumed = fit("b", 2, tmp_path / "b" / "last.ckpt")
+    assert all(torch.equal(whole[name], value) for name, value in resumed.items())
+
+
+def test_optimisers_are_left_as_found_even_after_an_exception(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise RuntimeError("stop")
+
+    module = Optimised(adamw)
+    run = trainer(tmp_path, HeadProjector(probe(), rank=3), Fails())
+    with pytest.raises(RuntimeError, match="stop"):
+        run.fit(module, loader(8))
+    (optimizer,) = run.optimizers
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rank": 0}, r"rank is 0, expected a number of directions"),
+        ({"rank": 1.5}, r"rank is 1\.5, expected a number of directions .* or a share"),
+        ({"cells": "some"}, "cells is 'some', expected 'all' or a list of names"),
+        ({"cells": ["L0.H0.X"]}, "'L0.H0.X' is no cell, expected a name such as 'L15.H8.O'"),
+        ({"cells": ["L0.H0.Q"], "rest": "tensors"}, "protects the whole model, expected cells='all'"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        HeadProjector("file", **arguments)
+
+
+def test_what_cannot_be_protected_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "math.safetensors"
+    with pytest.raises(FileNotFoundError, match="measure it with `qkov protect`"):
+        trainer(tmp_path, HeadProjector(path)).fit(Module(), loader(4))
+    path.write_bytes(b"nothing")
+    with pytest.raises(SubspaceError, match="holds no subspace of `qkov protect`"):
+        trainer(tmp_path, HeadProjector(path)).fit(Module(), loader(4))
+    measure_subspace(Module(network=Classifier([GroupedAttention()], width=10)), probe(), rank=3).save(path)
+    with pytest.raises(
+        SubspaceError, match=r"no directions of `network\.layers\.1\.q_proj`; it has those of"
+    ):
+        trainer(tmp_path, HeadProjector(path)).fit(Module(), loader(4))
+    measure_subspace(Module(), probe(), rank=3).save(path)
+    with pytest.raises(SubspaceError, match=r"no rows of|no directions of"):
+        trainer(tmp_path, HeadProjector(path, rest="tensors")).fit(Module(), loader(4))
+    with pytest.raises(ValueError, match=r"the model has no cell L7\.H0\.Q"):
+        trainer(tmp_path, HeadProjector(path, cells=["L7.H0.Q"])).fit(Module(), loader(4))
+    with pytest.raises(ValueError, match="The probe did not run `network"):
+        measure_subspace(Module(), [], rank=3)
+
+
+def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    module = Module()
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), module.network)
+    with pytest.raises(
+        ArchitectureError, match=r"the weight of `network\.layers\.0\.q_proj` .* computed from"
+    ):
+        trainer(tmp_path, HeadProjector(probe(), rank=3)).fit(module, loader(4))
+
+
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=needs_sharding_on_cpu)])
+def test_on_two_processes(tmp_path: Path, mode: str) -> None:
+    script = Path(__file__).with_name("run_projector.py")
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
+    }
+    command = [sys.executable, str(script), str(tmp_path), mode]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    before, after = torch.load(tmp_path / "before.pt"), torch.load(tmp_path / "after.pt")
+    subspace = ProtectedSubspace.load(tmp_path / "subspace.safetensors")
+    for projection in find_projections(Module()):
+        step = after[f"{projection.module_name}.weight"] - before[f"{projection.module_name}.weight"]
+        assert (inside(subspace, projection, step) < 10 * ROUNDING).all()
+        assert step.abs().max() > 1e-3
