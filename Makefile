@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-lowest gpu lint docs bench calibration validity freezing clean
+.PHONY: help demo test test-lowest gpu lint docs bench calibration validity acting clean
 
 help:  ## List the commands.
 	@sed -n 's/^\([a-z][a-z-]*\):.*  ## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -65,8 +65,9 @@ calibration: $(VENV)/.installed  ## Measure the gate's false alarms and power; d
 validity: $(VENV)/.installed-dev  ## Compare every score with the measured rise of the loss; writes examples/validity.png.
 	$(BIN)/python tests/benchmarks/validity.py
 
-freezing: $(VENV)/.installed-dev  ## Train on one task, then on another with the worst cells frozen.
-	$(BIN)/python tests/benchmarks/freezing.py
+acting: $(VENV)/.installed-dev  ## Compare what helps against forgetting; writes examples/acting.png.
+	$(BIN)/python tests/benchmarks/acting.py --figure examples/acting.png
+	$(BIN)/python tests/benchmarks/acting.py --full --seeds 6
 
 clean:  ## Remove what the other commands made.
 	rm -rf $(VENV) $(LOWEST) runs docs/_build

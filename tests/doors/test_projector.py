@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from models import CausalSelfAttention, Classifier, GroupedAttention
 from modules import Module, loader, trainer
 from test_freezer import Optimised, Packed, Perturbed, Transformer, adamw
@@ -23,6 +24,7 @@ from qkov_lightning import (
     HeadProjector,
     ProtectedSubspace,
     SubspaceError,
+    cli,
     find_projections,
     measure_subspace,
 )
@@ -216,6 +218,67 @@ def test_a_file_protects_as_the_batches_do(tmp_path: Path) -> None:
         ends.append(weights_of(module))
     for other in ends[1:]:
         assert all(torch.equal(ends[0][name], value) for name, value in other.items())
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader(8)
+
+    def probe_dataloader(self) -> Any:
+        return loader(8)
+
+
+@pytest.mark.parametrize("rank", ["3", "0.25"])
+def test_the_command_writes_the_file_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str
+) -> None:
+    run = trainer(tmp_path)
+    run.fit(Module(), loader(8))
+    checkpoint, output = tmp_path / "math.ckpt", tmp_path / "math.safetensors"
+    run.save_checkpoint(checkpoint)
+    arguments = [
+        "--model",
+        "modules.Module",
+        "--data",
+        f"{__name__}.Data",
+        "--rank",
+        rank,
+        "--output",
+        str(output),
+    ]
+    monkeypatch.setattr("sys.argv", ["qkov", "protect", str(checkpoint), *arguments])
+    cli.main()
+    assert "8 modules, 8 samples" in capsys.readouterr().out
+    found = ProtectedSubspace.load(output)
+    expected = measure_subspace(run.lightning_module, probe(), rank=int(rank) if rank == "3" else float(rank))
+    assert all(torch.equal(found.bases[name], basis) for name, basis in expected.bases.items())
+    monkeypatch.setattr("sys.argv", ["qkov", "protect", str(checkpoint)])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Say what to load" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_it_can_be_named_in_yaml(tmp_path: Path) -> None:
+    measure_subspace(Module(), probe(), rank=3).save(tmp_path / "math.safetensors")
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+        trainer:
+          max_steps: 2
+          default_root_dir: {tmp_path}
+          accelerator: cpu
+          logger: false
+          enable_checkpointing: false
+          callbacks:
+            - class_path: qkov_lightning.HeadProjector
+              init_args:
+                protect: {tmp_path / "math.safetensors"}
+                cells: [L0.H1.Q]
+    """)
+    command = LightningCLI(Module, Data, args=["fit", "--config", str(config)], save_config_callback=None)
+    (projector,) = [one for one in command.trainer.callbacks if isinstance(one, HeadProjector)]
+    assert projector.taken[0, 1, 0] > 0
+    assert projector.taken.isnan().sum() == projector.taken.numel() - 1
 
 
 def test_it_says_how_much_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
