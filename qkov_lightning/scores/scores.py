@@ -132,13 +132,13 @@ def forgetting(s: SliceStatistics) -> Estimate:
     1998; with the observed targets instead of drawn ones, Kunstner et al. 2019, arXiv:1905.12558); elastic
     weight consolidation takes the diagonal of it (Kirkpatrick et al. 2017, arXiv:1612.00796, eq. 3).
 
-    **The number of terms.** Where a sample's loss is the mean over T targets, :math:`g_i = \frac1T \sum_t
+    **The number of terms.** Where a sample's loss is the mean over T targets, :math:`g_i = \frac{1}{T} \sum_t
     g_{it}`. The gradient of each target's log-likelihood has mean zero given the targets before it, if these
     are drawn from the model, so that products of different targets vanish in expectation:
 
     .. math:: \operatorname{E} \langle g_i, d \rangle^2
               = \frac{1}{T^2} \sum_t \operatorname{E} \langle g_{it}, d \rangle^2
-              = \frac1T \Big( \frac1T \sum_t d^\top F_{it} d \Big)
+              = \frac{1}{T} \Big( \frac{1}{T} \sum_t d^\top F_{it} d \Big)
 
     The bracket is the Fisher of the mean loss, which is its generalised Gauss-Newton matrix (Martens 2020,
     arXiv:1412.1193, section 9): T times the mean square. Of a loss that is a sum, or has one target a sample,
