@@ -26,7 +26,7 @@ from qkov_lightning.heads.verification import verify_projections
 from qkov_lightning.measure.cells import printable
 from qkov_lightning.measure.encoding import HeatmapError
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.probe import find_probe, load_weights, probe_interference
+from qkov_lightning.measure.probe import Probe, find_probe, load_weights, probe_interference
 from qkov_lightning.measure.subspace import Rest, measure_subspace
 from qkov_lightning.views.report import find_latest, find_step, load_history, write_report
 from qkov_lightning.views.tables import COLUMNS, select, selected_rows, to_csv, to_json
@@ -105,18 +105,11 @@ def probe(
             the loss.
         task_of: Batch key that gives the task of each sample.
         output: File to write.
-
-    Raises:
-        ValueError: If the model or the data is missing.
     """
-    if model is None or data is None:
-        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
-    step, epoch = load_weights(model, checkpoint)
-    data.prepare_data()
-    data.setup("fit")
+    loaded, batches, (step, epoch) = _load(model, data, checkpoint, hook)
     heatmap = probe_interference(
-        model,
-        find_probe(hook, data, model),
+        loaded,
+        batches,
         loss=loss,
         loss_reduction=loss_reduction,
         task_of=task_of,
@@ -147,16 +140,9 @@ def protect(
         rank: Directions of each module's inputs: a number of them, or their share of the inputs.
         rest: "tensors" also measures the weights outside of the heads, for full fine-tuning.
         output: File to write.
-
-    Raises:
-        ValueError: If the model or the data is missing.
     """
-    if model is None or data is None:
-        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
-    load_weights(model, checkpoint)
-    data.prepare_data()
-    data.setup("fit")
-    subspace = measure_subspace(model, find_probe(hook, data, model), rank=rank, rest=rest)
+    loaded, batches, _ = _load(model, data, checkpoint, hook)
+    subspace = measure_subspace(loaded, batches, rank=rank, rest=rest)
     subspace.save(output)
     size = f"{subspace.num_bytes / 2**20:.3g} MiB"
     sys.stdout.write(f"{output}: {len(subspace.bases)} modules, {subspace.num_samples} samples, {size}\n")
@@ -183,19 +169,29 @@ def verify(
             the loss.
 
     Raises:
-        ValueError: If the model or the data is missing, or a gradient is not the one of the sample alone.
+        ValueError: If a gradient is not the one of the sample alone.
     """
-    if model is None or data is None:
-        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
-    if checkpoint is not None:
-        load_weights(model, checkpoint)
-    data.prepare_data()
-    data.setup("fit")
-    batch = next(iter(find_probe(hook, data, model)))
-    verification = verify_capture(model, batch, loss=loss, loss_reduction=loss_reduction)
+    loaded, batches, _ = _load(model, data, checkpoint, hook)
+    verification = verify_capture(loaded, next(iter(batches)), loss=loss, loss_reduction=loss_reduction)
     Console().print(verification)
     if not verification.passed:
         raise ValueError(verification.summary)
+
+
+def _load(
+    model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None, hook: str
+) -> tuple[LightningModule, Probe, tuple[int, int]]:
+    """A model with the weights of a checkpoint, the batches to run it on, and its steps and epochs so far.
+
+    Raises:
+        ValueError: If the model or the data is missing.
+    """
+    if model is None or data is None:
+        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
+    done = (0, 0) if checkpoint is None else load_weights(model, checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    return model, find_probe(hook, data, model), done
 
 
 def gate(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
@@ -20,13 +20,14 @@ from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.verdict import HARM, Verdict, judge
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.stepping import StepCallback
 from qkov_lightning.views.report import find_latest
 from qkov_lightning.views.tables import select
 
 CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
 
 
-class HeadFreezer(Callback):
+class HeadFreezer(StepCallback):
     """Freezes cells: their weights are bit-identical after every optimiser step, while all others train.
 
     Before each step the gradients of the frozen slices are set to zero, so that they count neither for
@@ -94,6 +95,7 @@ class HeadFreezer(Callback):
                 raise ValueError(
                     f"HeadFreezer: start_{unit} is {start} and stop_{unit} {stop}, expected 0 <= start < stop."
                 )
+        super().__init__()
         self.heatmap, self.monitor = heatmap, monitor
         self.score, self.pair, self.top = score, pair, top
         self.start_step, self.stop_step = start_step, stop_step
@@ -108,7 +110,6 @@ class HeadFreezer(Callback):
         self._thawed = False
         self._in_range = False
         self._undecided: InterferenceHeatmap | None = None
-        self._handles: list[Any] = []
         for name in self.cells:
             if not CELL.fullmatch(name):
                 raise ValueError(f"HeadFreezer: {name!r} is no cell, expected a name such as 'L15.H8.O'.")
@@ -127,9 +128,9 @@ class HeadFreezer(Callback):
         """
         projections = list(self.projections or find_projections(pl_module))
         self._map = {
-            f"L{projection.layer}.H{head}.{projection.block}": (projection, head)
+            name: (projection, head)
             for projection in projections
-            for head in range(projection.num_heads)
+            for head, name in enumerate(projection.cell_names)
         }
         if self.heatmap is not None and not self.cells:
             heatmap = InterferenceHeatmap.load(find_latest(Path(self.heatmap)))
@@ -144,11 +145,7 @@ class HeadFreezer(Callback):
             self._slices, self.num_frozen = [], 0
         if self.cells:
             self._find_slices(pl_module)
-        for optimizer in trainer.optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
+        self._watch_steps(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -172,12 +169,6 @@ class HeadFreezer(Callback):
             one.forget()
             if self._is_active:
                 one.remember()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Put back what was moved outside of a step."""
-        self._after_step()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -211,7 +202,7 @@ class HeadFreezer(Callback):
         """
         selection = select(heatmap, self.pair, self.score)
         verdict = judge(heatmap, selection.pairs)
-        harmful = {(cell.task_a, cell.task_b, cell.name): cell.value for cell in verdict.harmful}
+        harmful = {(cell.task_a, cell.task_b, cell.name) for cell in verdict.harmful}
         worst: dict[str, float] = {}
         for a, b in selection.pairs:
             for cell in selection.cells(heatmap, a, b):
@@ -275,7 +266,7 @@ class HeadFreezer(Callback):
             f"{', '.join(self.cells) or 'none'}." + "".join(f" {note}." for note in notes)
         )
 
-    # What outlives a run, and when it ends
+    # What outlives a run
 
     def state_dict(self) -> dict[str, Any]:
         """The cells, and whether they were thawed."""
@@ -287,18 +278,8 @@ class HeadFreezer(Callback):
             self.cells = tuple(state_dict["cells"])
         self._thawed = bool(state_dict["thawed"])
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimisers as they were found."""
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimisers as they were found."""
-        self._remove()
-
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._slices = [], []
+    def _let_go(self) -> None:
+        self._slices = []
 
 
 def _find_monitor(trainer: Trainer, name: str) -> InterferenceMonitor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
@@ -27,9 +27,10 @@ from qkov_lightning.measure.subspace import (
     check_rank,
     measure_subspace,
 )
+from qkov_lightning.stepping import StepCallback
 
 
-class HeadProjector(Callback):
+class HeadProjector(StepCallback):
     r"""Protects what tasks have learned: takes out of every step its part in the subspace that they use.
 
     After each optimiser step the change of every protected cell loses its component along the leading
@@ -85,6 +86,7 @@ class HeadProjector(Callback):
             raise ValueError(
                 "HeadProjector: rest='tensors' protects the whole model, expected cells='all' with it."
             )
+        super().__init__()
         self.protect, self.rank, self.rest, self.projections = protect, rank, rest, projections
         self.cells = cells if isinstance(cells, str) else tuple(dict.fromkeys(names))
         self.subspace: ProtectedSubspace | None = None
@@ -95,7 +97,6 @@ class HeadProjector(Callback):
         self._weights: dict[str, ProjectedWeight] = {}
         self._cells: dict[str, list[tuple[Projection, list[int]]]] = {}
         self._held: list[FrozenSlice] = []
-        self._handles: list[Any] = []
         self._by_hand = False
 
     # When
@@ -117,11 +118,7 @@ class HeadProjector(Callback):
                 pl_module, self.protect, rank=self.rank, rest=self.rest, projections=self._projections
             )
         self._place(pl_module, self.subspace)
-        for optimizer in trainer.optimizers:
-            self._handles += [
-                optimizer.register_step_pre_hook(self._before_step),
-                optimizer.register_step_post_hook(self._after_step),
-            ]
+        self._watch_steps(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -130,12 +127,6 @@ class HeadProjector(Callback):
         self._by_hand = not pl_module.automatic_optimization
         if self._by_hand:
             self._note()
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Project what moved outside of a step."""
-        self._after_step()
 
     def _before_step(self, *_: Any) -> None:
         self._note()
@@ -165,9 +156,11 @@ class HeadProjector(Callback):
         """
         self._weights, self._cells, self._held = {}, {}, []
         self.taken = None
+        self._check_cells()
         rules: dict[str, tuple[int, list[SubspaceRule]]] = {}
         for projection in self._projections:
-            heads = self._heads(projection)
+            names = projection.cell_names
+            heads = [head for head, name in enumerate(names) if self.cells == "all" or name in self.cells]
             weight = find_weight(model, projection) if heads else None
             if weight is None or not model.get_parameter(weight.parameter_name).requires_grad:
                 continue
@@ -201,22 +194,12 @@ class HeadProjector(Callback):
             + f", by the inputs of {subspace.num_samples} samples ({subspace.num_bytes / 2**20:.3g} MiB)."
         )
 
-    def _heads(self, projection: Projection) -> list[int]:
-        """Heads of a projection that are protected.
-
-        Raises:
-            ValueError: If a name is no cell of the model.
-        """
-        names = [f"L{projection.layer}.H{head}.{projection.block}" for head in range(projection.num_heads)]
-        if self.cells == "all":
-            return list(range(projection.num_heads))
-        known = {
-            f"L{one.layer}.H{head}.{one.block}" for one in self._projections for head in range(one.num_heads)
-        }
-        unknown = [name for name in self.cells if name not in known]
-        if unknown:
-            raise ValueError(f"HeadProjector: the model has no cell {', '.join(unknown)}.")
-        return [head for head, name in enumerate(names) if name in self.cells]
+    def _check_cells(self) -> None:
+        if self.cells != "all":
+            known = {name for projection in self._projections for name in projection.cell_names}
+            unknown = [name for name in self.cells if name not in known]
+            if unknown:
+                raise ValueError(f"HeadProjector: the model has no cell {', '.join(unknown)}.")
 
     def _basis(self, subspace: ProtectedSubspace, name: str) -> Tensor:
         if name not in subspace.bases:
@@ -295,7 +278,7 @@ class HeadProjector(Callback):
             f"{float(taken.nan_to_num(1.0).min()):.0%} to {float(taken.nan_to_num(0.0).max()):.0%})."
         )
 
-    # What outlives a run, and when it ends
+    # What outlives a run
 
     def state_dict(self) -> dict[str, Any]:
         """What was measured when training started; a file is read again."""
@@ -308,15 +291,5 @@ class HeadProjector(Callback):
         if "subspace" in state_dict:
             self.subspace = ProtectedSubspace(**state_dict["subspace"])
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the optimisers as they were found."""
-        self._remove()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the optimisers as they were found."""
-        self._remove()
-
-    def _remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._weights, self._held = [], {}, []
+    def _let_go(self) -> None:
+        self._weights, self._held = {}, []

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qkov_lightning"
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"### (Add [\w ]+)\n.*?```python\n(.*?)```", GUIDE, flags=re.DOTALL))
-DOORS = ("monitor", "freezer", "projector", "cli")
+DOORS = ("monitor", "stepping", "freezer", "projector", "cli")
 
 
 def diagram_of(text: str) -> str:

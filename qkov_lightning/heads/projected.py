@@ -55,10 +55,10 @@ class ProjectedWeight:
         self.parameter, self.input_axis = parameter, input_axis
         self._rules = [self._placed(rule, part.device) for rule in rules]
         self._before: Tensor | None = None
-        self.taken = [torch.zeros(2, len(rule.basis), device=part.device) for rule in self._rules]
-        for rule, taken in zip(self._rules, self.taken, strict=True):
-            if rule.outputs is not None:
-                taken.resize_(2, len(rule.outputs)).zero_()
+        self.taken = [
+            torch.zeros(2, len(rule.basis if rule.outputs is None else rule.outputs), device=part.device)
+            for rule in self._rules
+        ]
 
     def _placed(self, rule: SubspaceRule, device: torch.device) -> SubspaceRule:
         def to(indices: Tensor | None) -> Tensor | None:

@@ -69,6 +69,11 @@ class Projection:
         return self.head_features.shape[0]
 
     @property
+    def cell_names(self) -> list[str]:
+        """Short name of each head's cell, as in ``L15.H8.O``."""
+        return [f"L{self.layer}.H{head}.{self.block}" for head in range(self.num_heads)]
+
+    @property
     def head_dim(self) -> int:
         """Features of one head."""
         return self.head_features.shape[1]

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import Module, loader, trainer
 from test_freezer import CELLS, adamw, cell_values
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from qkov_lightning import HeadFreezer
@@ -31,14 +32,25 @@ class Trained(Module):
         return adamw(self.parameters())
 
     def on_train_end(self) -> None:
-        whole = Module()
         state = {
             name: value.full_tensor() if hasattr(value, "full_tensor") else value
             for name, value in self.state_dict().items()
         }
         if self.trainer.is_global_zero:
-            whole.load_state_dict(state)
-            torch.save(cell_values(whole), Path(self.trainer.default_root_dir) / "after.pt")
+            torch.save(self.kept(state), Path(self.trainer.default_root_dir) / "after.pt")
+
+    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What to leave behind of the whole weights: here the values of the cells."""
+        whole = Module()
+        whole.load_state_dict(state)
+        return cell_values(whole)
+
+
+def leave() -> None:
+    """End the processes together: threads of gloo that outlive the interpreter abort it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def main(root: Path, mode: str) -> None:
@@ -51,6 +63,4 @@ def main(root: Path, mode: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
-    if torch.distributed.is_initialized():  # threads of gloo that outlive the interpreter abort it
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from modules import Module, loader, trainer
-from run_freezer import Trained
+from run_freezer import Trained, leave
+from torch import Tensor
 
 from qkov_lightning import HeadProjector, measure_subspace
 
@@ -20,13 +21,8 @@ from qkov_lightning import HeadProjector, measure_subspace
 class Kept(Trained):
     """Leaves the whole weights behind."""
 
-    def on_train_end(self) -> None:
-        state = {
-            name: value.full_tensor() if hasattr(value, "full_tensor") else value
-            for name, value in self.state_dict().items()
-        }
-        if self.trainer.is_global_zero:
-            torch.save(state, Path(self.trainer.default_root_dir) / "after.pt")
+    def kept(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return state
 
 
 def main(root: Path, mode: str) -> None:
@@ -40,6 +36,4 @@ def main(root: Path, mode: str) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2])
-    if torch.distributed.is_initialized():  # threads of gloo that outlive the interpreter abort it
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave()

@@ -521,17 +521,22 @@ def test_a_cell_that_the_model_does_not_have_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, HeadFreezer(["L0.H2.K"])).fit(Module(), loader(4))
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=needs_sharding_on_cpu)])
-def test_on_two_processes(tmp_path: Path, mode: str) -> None:
-    script = Path(__file__).with_name("run_freezer.py")
+def on_two_processes(script: str, tmp_path: Path, mode: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a script beside this one leaves behind of the weights, before and after its training."""
+    path = Path(__file__).with_name(script)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(path.parent), *sys.path]),
     }
-    command = [sys.executable, str(script), str(tmp_path), mode]
+    command = [sys.executable, str(path), str(tmp_path), mode]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    before, after = torch.load(tmp_path / "before.pt"), torch.load(tmp_path / "after.pt")
+    return torch.load(tmp_path / "before.pt"), torch.load(tmp_path / "after.pt")
+
+
+@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=needs_sharding_on_cpu)])
+def test_on_two_processes(tmp_path: Path, mode: str) -> None:
+    before, after = on_two_processes("run_freezer.py", tmp_path, mode)
     assert_only_frozen(before, after, CELLS)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from models import CausalSelfAttention, Classifier, GroupedAttention
 from modules import Module, loader, trainer
-from test_freezer import Optimised, Packed, Perturbed, Transformer, adamw
+from test_freezer import Optimised, Packed, Perturbed, Transformer, adamw, on_two_processes
 from torch import Tensor, nn
 from versions import WHOLE_CHECKPOINT, needs_sharding_on_cpu
 
@@ -390,17 +387,7 @@ def test_an_adapter_is_refused_by_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp2", marks=needs_sharding_on_cpu)])
 def test_on_two_processes(tmp_path: Path, mode: str) -> None:
-    script = Path(__file__).with_name("run_projector.py")
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path]),
-    }
-    command = [sys.executable, str(script), str(tmp_path), mode]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    before, after = torch.load(tmp_path / "before.pt"), torch.load(tmp_path / "after.pt")
+    before, after = on_two_processes("run_projector.py", tmp_path, mode)
     subspace = ProtectedSubspace.load(tmp_path / "subspace.safetensors")
     for projection in find_projections(Module()):
         step = after[f"{projection.module_name}.weight"] - before[f"{projection.module_name}.weight"]
