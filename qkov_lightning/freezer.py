@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,13 @@ from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.heads.weights import find_weight
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.verdict import HARM, Verdict, judge
+from qkov_lightning.measure.verdict import HARM, Verdict
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.scores.scores import SCORES
-from qkov_lightning.stepping import StepCallback
+from qkov_lightning.stepping import CELL, StepCallback, nothing_sure, worst_cells
 from qkov_lightning.views.report import find_latest
-from qkov_lightning.views.tables import select
 
-CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
+NOTHING_FROZEN = "Nothing is frozen. Measure more samples, or name the cells."
 
 
 class HeadFreezer(StepCallback):
@@ -136,7 +134,7 @@ class HeadFreezer(StepCallback):
             heatmap = InterferenceHeatmap.load(find_latest(Path(self.heatmap)))
             verdict = self._choose(heatmap)
             if not self.cells:
-                raise ValueError(f"HeadFreezer: {_nothing_sure(verdict, self.heatmap)}")
+                raise ValueError(f"HeadFreezer: {nothing_sure(verdict, self.heatmap)} {NOTHING_FROZEN}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the weights, and hook the steps of every optimiser."""
@@ -164,7 +162,7 @@ class HeadFreezer(StepCallback):
                     self._find_slices(pl_module)
                 else:
                     self._undecided = heatmap
-                    rank_zero_info(f"HeadFreezer: {_nothing_sure(verdict, self.monitor)}")
+                    rank_zero_info(f"HeadFreezer: {nothing_sure(verdict, self.monitor)} {NOTHING_FROZEN}")
         for one in self._slices:
             one.forget()
             if self._is_active:
@@ -195,29 +193,9 @@ class HeadFreezer(StepCallback):
     # What
 
     def _choose(self, heatmap: InterferenceHeatmap) -> Verdict:
-        """Take the worst cells of a heatmap that surely hurt; none if there is none.
-
-        Raises:
-            ValueError: If it is of another model.
-        """
-        selection = select(heatmap, self.pair, self.score)
-        verdict = judge(heatmap, selection.pairs)
-        harmful = {(cell.task_a, cell.task_b, cell.name) for cell in verdict.harmful}
-        worst: dict[str, float] = {}
-        for a, b in selection.pairs:
-            for cell in selection.cells(heatmap, a, b):
-                if (a, b, cell.name) in harmful:
-                    harm = -cell.value if SCORES[self.score].falling else cell.value
-                    worst[cell.name] = max(harm, worst.get(cell.name, harm))
-                info = heatmap.layers[cell.layer].blocks[cell.block]
-                projection = self._map[cell.name][0] if cell.name in self._map else None
-                if projection is None or projection.module_name != info.module_name:
-                    raise ValueError(
-                        f"The heatmap's {cell.name} is in `{info.module_name}`, which in this model is "
-                        f"{'no cell' if projection is None else f'`{projection.module_name}`'}. Expected a heatmap of "
-                        "this model."
-                    )
-        self.cells = tuple(sorted(worst, key=lambda name: -worst[name])[: self.top])
+        """Take the worst cells of a heatmap that surely hurt; none if there is none."""
+        projections = [projection for projection, _ in self._map.values()]
+        self.cells, verdict = worst_cells(heatmap, projections, self.pair, self.score, self.top)
         for pair in verdict.pairs:
             own = [cell for cell in pair.harmful if cell.name in self.cells]
             if own:
@@ -295,15 +273,6 @@ def _find_monitor(trainer: Trainer, name: str) -> InterferenceMonitor:
             "Add InterferenceMonitor() to its callbacks."
         )
     return monitors[name]
-
-
-def _nothing_sure(verdict: Verdict, source: object) -> str:
-    cells = sum(pair.num_cells for pair in verdict.pairs)
-    return (
-        f"no cell of {str(source)!r} surely hurts a task: in none of {cells} is the predicted rise of the loss beyond what its "
-        f"standard error allows (at {verdict.alpha:.0%} of wrong cells). Nothing is frozen. Measure more samples, or name "
-        "the cells."
-    )
 
 
 def _range(names: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,13 +13,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from qkov_lightning.freezer import CELL
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projected import ProjectedWeight, SubspaceRule
 from qkov_lightning.heads.projections import BLOCKS, Projection, num_heads, num_layers
 from qkov_lightning.heads.shapes import is_linear
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.heads.weights import find_weight
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.subspace import (
     ProtectedSubspace,
     Rest,
@@ -27,7 +27,8 @@ from qkov_lightning.measure.subspace import (
     check_rank,
     measure_subspace,
 )
-from qkov_lightning.stepping import StepCallback
+from qkov_lightning.stepping import CELL, StepCallback, nothing_sure, worst_cells
+from qkov_lightning.views.report import find_latest
 
 
 class HeadProjector(StepCallback):
@@ -48,7 +49,12 @@ class HeadProjector(StepCallback):
             training starts.
         rank: For batches: directions of each module's inputs, as a number or as a share of the inputs. More
             protect better, and leave less room to learn. See :func:`~qkov_lightning.measure_subspace`.
-        cells: "all", or names of cells, as in ``["L15.H8.O"]``.
+        cells: "all"; names of cells, as in ``["L15.H8.O"]``; or a number: so many of the heatmap's cells at
+            most, the worst of those that surely hurt a task.
+        heatmap: Heatmap file, or folder of a run, for a number of cells.
+        pair: Task pair of the heatmap that they are chosen for, ``<task_a>__<task_b>``; all pairs by default.
+        every_n_epochs: For batches: measure them again at the start of every n-th epoch, at the weights of
+            that time; once by default.
         rest: "leave" protects attention heads alone. "tensors" protects all other weights that train, too:
             linear modules by the directions of their inputs; of embeddings, the rows that the tasks use are
             held; everything else (gains and biases, positions) is held as a whole.
@@ -56,44 +62,61 @@ class HeadProjector(StepCallback):
 
     Raises:
         ValueError: If an argument is out of range, or a name is no cell; at the start of training, if the
-            file is of another model.
+            file or the heatmap is of another model, or no cell of the heatmap surely hurts.
         ArchitectureError: At the start of training, if a weight is computed from others, as those of adapters
             are, or shared out along its inputs.
 
     Example:
         >>> projector = HeadProjector("math.safetensors")
         >>> projector = HeadProjector("math.safetensors", cells=["L15.H8.O", "L3.H0.K"])
+        >>> projector = HeadProjector("math.safetensors", cells=8, heatmap="runs/demo", pair="math__code")
     """
 
     def __init__(
         self,
         protect: str | Path | Iterable[Any],
         rank: int | float = 0.5,
-        cells: str | Sequence[str] = "all",
+        cells: Literal["all"] | int | Sequence[str] = "all",
         rest: Rest = "leave",
+        heatmap: str | Path | None = None,
+        pair: str | None = None,
+        every_n_epochs: int | None = None,
         projections: Sequence[Projection] | None = None,
     ) -> None:
         check_rank(rank)
         if rest not in {"leave", "tensors"}:
             raise ValueError(f"HeadProjector: rest is {rest!r}, expected 'leave' or 'tensors'.")
-        if isinstance(cells, str) and cells != "all":
-            raise ValueError(f"HeadProjector: cells is {cells!r}, expected 'all' or a list of names.")
-        names = [] if isinstance(cells, str) else list(cells)
+        if (isinstance(cells, str) and cells != "all") or (isinstance(cells, int) and cells < 1):
+            raise ValueError(
+                f"HeadProjector: cells is {cells!r}, expected 'all', a list of names or a number of at least 1."
+            )
+        if (heatmap is not None) != isinstance(cells, int) or (pair is not None and heatmap is None):
+            raise ValueError(
+                f"HeadProjector: cells is {cells!r} and heatmap {heatmap!r}, expected a heatmap to choose a number of cells "
+                "from, and neither heatmap nor pair otherwise."
+            )
+        if every_n_epochs is not None and (every_n_epochs < 1 or isinstance(protect, (str, Path))):
+            raise ValueError(
+                f"HeadProjector: every_n_epochs is {every_n_epochs}, expected at least 1, with batches to measure in `protect`."
+            )
+        names = [] if isinstance(cells, (str, int)) else list(cells)
         for name in names:
             if not CELL.fullmatch(name):
                 raise ValueError(f"HeadProjector: {name!r} is no cell, expected a name such as 'L15.H8.O'.")
-        if names and rest == "tensors":
+        if cells != "all" and rest == "tensors":
             raise ValueError(
                 "HeadProjector: rest='tensors' protects the whole model, expected cells='all' with it."
             )
         super().__init__()
         self.protect, self.rank, self.rest, self.projections = protect, rank, rest, projections
-        self.cells = cells if isinstance(cells, str) else tuple(dict.fromkeys(names))
+        self.heatmap, self.pair, self.every_n_epochs = heatmap, pair, every_n_epochs
+        self.cells = cells if isinstance(cells, (str, int)) else tuple(dict.fromkeys(names))
         self.subspace: ProtectedSubspace | None = None
         """What is protected; None before training."""
         self.taken: Float[Tensor, "layer head block"] | None = None
         """Share of the squared steps of the last epoch that was taken out, NaN where nothing moved."""
         self._projections: list[Projection] = []
+        self._names: tuple[str, ...] = ()
         self._weights: dict[str, ProjectedWeight] = {}
         self._cells: dict[str, list[tuple[Projection, list[int]]]] = {}
         self._held: list[FrozenSlice] = []
@@ -102,8 +125,27 @@ class HeadProjector(StepCallback):
     # When
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads, before anything is compiled."""
+        """Place the heads, before anything is compiled, and choose cells where a heatmap does.
+
+        Raises:
+            ValueError: If no cell of the heatmap surely hurts.
+        """
         self._projections = list(self.projections or find_projections(pl_module))
+        known = [name for projection in self._projections for name in projection.cell_names]
+        if isinstance(self.cells, int) and self.heatmap is not None:
+            heatmap = InterferenceHeatmap.load(find_latest(Path(self.heatmap).expanduser()))
+            self._names, verdict = worst_cells(heatmap, self._projections, self.pair, top=self.cells)
+            if not self._names:
+                raise ValueError(
+                    f"HeadProjector: {nothing_sure(verdict, self.heatmap)} Name the cells, or protect all of them."
+                )
+        elif isinstance(self.cells, tuple):
+            unknown = [name for name in self.cells if name not in known]
+            if unknown:
+                raise ValueError(f"HeadProjector: the model has no cell {', '.join(unknown)}.")
+            self._names = self.cells
+        else:
+            self._names = tuple(known)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read or measure what is protected, and hook the steps of every optimiser.
@@ -114,11 +156,19 @@ class HeadProjector(StepCallback):
         if isinstance(self.protect, (str, Path)):
             self.subspace = ProtectedSubspace.load(Path(self.protect).expanduser())
         elif self.subspace is None or trainer.global_step == 0:
-            self.subspace = measure_subspace(
-                pl_module, self.protect, rank=self.rank, rest=self.rest, projections=self._projections
-            )
+            self.subspace = self._measure(pl_module, self.protect)
         self._place(pl_module, self.subspace)
         self._watch_steps(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure again, if it is time."""
+        epoch = trainer.current_epoch
+        if self.every_n_epochs and epoch and epoch % self.every_n_epochs == 0:
+            self.subspace = self._measure(pl_module, self.protect)
+            self._place(pl_module, self.subspace)
+
+    def _measure(self, model: nn.Module, probe: Any) -> ProtectedSubspace:
+        return measure_subspace(model, probe, rank=self.rank, rest=self.rest, projections=self._projections)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -155,12 +205,10 @@ class HeadProjector(StepCallback):
             SubspaceError: If no protected cell trains.
         """
         self._weights, self._cells, self._held = {}, {}, []
-        self.taken = None
-        self._check_cells()
         rules: dict[str, tuple[int, list[SubspaceRule]]] = {}
         for projection in self._projections:
             names = projection.cell_names
-            heads = [head for head, name in enumerate(names) if self.cells == "all" or name in self.cells]
+            heads = [head for head, name in enumerate(names) if name in self._names]
             weight = find_weight(model, projection) if heads else None
             if weight is None or not model.get_parameter(weight.parameter_name).requires_grad:
                 continue
@@ -177,7 +225,9 @@ class HeadProjector(StepCallback):
             if bias is not None:
                 self._held.append(bias)
         if not rules:
-            raise SubspaceError(f"HeadProjector: no cell of {self.cells} trains, expected one at least.")
+            raise SubspaceError(
+                f"HeadProjector: no cell of {', '.join(self._names)} trains, expected one at least."
+            )
         num_rest = self._place_rest(model, subspace, rules) if self.rest == "tensors" else 0
         self._weights = {
             name: ProjectedWeight(name, model.get_parameter(name), axis, own)
@@ -193,13 +243,6 @@ class HeadProjector(StepCallback):
             )
             + f", by the inputs of {subspace.num_samples} samples ({subspace.num_bytes / 2**20:.3g} MiB)."
         )
-
-    def _check_cells(self) -> None:
-        if self.cells != "all":
-            known = {name for projection in self._projections for name in projection.cell_names}
-            unknown = [name for name in self.cells if name not in known]
-            if unknown:
-                raise ValueError(f"HeadProjector: the model has no cell {', '.join(unknown)}.")
 
     def _basis(self, subspace: ProtectedSubspace, name: str) -> Tensor:
         if name not in subspace.bases:

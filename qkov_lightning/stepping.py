@@ -1,11 +1,22 @@
-"""What callbacks that act on optimiser steps have in common."""
+"""What callbacks that act on optimiser steps have in common: when they act, and on which cells."""
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from qkov_lightning.heads.projections import Projection
+from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.verdict import HARM, Verdict, judge
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.views.tables import select
+
+CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
+"""Name of a cell."""
 
 
 class StepCallback(Callback):
@@ -53,3 +64,54 @@ class StepCallback(Callback):
             handle.remove()
         self._handles = []
         self._let_go()
+
+
+def worst_cells(
+    heatmap: InterferenceHeatmap,
+    projections: Sequence[Projection],
+    pair: str | None = None,
+    score: str = HARM,
+    top: int | None = None,
+) -> tuple[tuple[str, ...], Verdict]:
+    """The cells of a heatmap that surely hurt a task.
+
+    Args:
+        heatmap: Where they are chosen.
+        projections: Head map of the model.
+        pair: Task pair that they are chosen for, ``<task_a>__<task_b>``; all pairs by default.
+        score: Score by which one of them is worse than another.
+        top: Most cells; all by default.
+
+    Returns:
+        Their names, the worst first, none if none surely hurts; and the verdict that says so.
+
+    Raises:
+        ValueError: If the heatmap is of another model.
+    """
+    modules = {name: one.module_name for one in projections for name in one.cell_names}
+    selection = select(heatmap, pair, score)
+    verdict = judge(heatmap, selection.pairs)
+    harmful = {(cell.task_a, cell.task_b, cell.name) for cell in verdict.harmful}
+    worst: dict[str, float] = {}
+    for a, b in selection.pairs:
+        for cell in selection.cells(heatmap, a, b):
+            if (a, b, cell.name) in harmful:
+                harm = -cell.value if SCORES[score].falling else cell.value
+                worst[cell.name] = max(harm, worst.get(cell.name, harm))
+            info = heatmap.layers[cell.layer].blocks[cell.block]
+            module = modules.get(cell.name)
+            if module != info.module_name:
+                raise ValueError(
+                    f"The heatmap's {cell.name} is in `{info.module_name}`, which in this model is "
+                    f"{'no cell' if module is None else f'`{module}`'}. Expected a heatmap of this model."
+                )
+    return tuple(sorted(worst, key=lambda name: -worst[name])[:top]), verdict
+
+
+def nothing_sure(verdict: Verdict, source: object) -> str:
+    """The message where no cell surely hurts."""
+    cells = sum(pair.num_cells for pair in verdict.pairs)
+    return (
+        f"no cell of {str(source)!r} surely hurts a task: in none of {cells} is the predicted rise of the loss beyond what its "
+        f"standard error allows (at {verdict.alpha:.0%} of wrong cells)."
+    )

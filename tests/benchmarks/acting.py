@@ -5,13 +5,14 @@ B is the lowest that both reach. So learning less is no advantage.
 
     python tests/benchmarks/acting.py --seeds 12
     python tests/benchmarks/acting.py --seeds 12 --full
+    python tests/benchmarks/acting.py --seeds 4 --subject encoder
+    python tests/benchmarks/acting.py --seeds 12 --same
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import itertools
 import logging
 import multiprocessing
 import time
@@ -23,17 +24,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from confined import CONTEXT, TASKS, Texts, all_cells, cell_gradients, make_model, next_byte_loss, train
+from confined import CONTEXT, all_cells, cell_gradients
 from lightning.pytorch import Callback, LightningModule, Trainer
 from matplotlib.figure import Figure
+from subjects import SUBJECTS, Decoder, Subject
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from qkov_lightning import HeadFreezer, HeadProjector, head_interference
 
-NUM_SAMPLES, NUM_HELD_OUT, BATCH_SIZE, EVERY = 128, 128, 15, 2
-RATE, STEPS_A, STEPS_B = 2e-3, 250, 96
-NUM_CELLS, NUM_DIRECTIONS, MEMORY = 16, 32, 64
+NUM_SAMPLES, BATCH_SIZE = 128, 15
+STEPS_B = 96
+NUM_DIRECTIONS, MEMORY = 32, 64
 STRENGTHS = (10.0, 100.0)
 NOTHING, RANDOM = "nothing", "freeze a third of the cells, random"
 
@@ -41,14 +43,19 @@ NOTHING, RANDOM = "nothing", "freeze a third of the cells, random"
 class Student(LightningModule):
     """Trains the attention projections of a model, or all of it."""
 
-    def __init__(self, model: nn.Module, full: bool, rate: float = RATE) -> None:
+    def __init__(self, subject: Subject, model: nn.Module, full: bool, slower: float = 1.0) -> None:
         super().__init__()
-        self.model, self.rate = model, rate
+        self.subject, self.model, self.rate = subject, model, slower * subject.rate
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(full or "_proj" in name)
+            parameter.requires_grad_(full or subject.attention in name)
+        # What tells the topics apart is the task's own, and is not shared.
+        getattr(model, "topics", nn.Identity()).requires_grad_(True)
 
-    def training_step(self, windows: Tensor, batch_idx: int) -> Tensor:
-        return next_byte_loss(self.model, windows) + self.penalty()
+    def loss(self, samples: Tensor) -> Tensor:
+        return self.subject.loss(self.model, samples)
+
+    def training_step(self, samples: Tensor, batch_idx: int) -> Tensor:
+        return self.loss(samples) + self.penalty()
 
     def penalty(self) -> Tensor | float:
         return 0.0
@@ -60,15 +67,14 @@ class Student(LightningModule):
 class Replay(Student):
     """A small memory of A in every batch."""
 
-    def __init__(self, model: nn.Module, full: bool, memory: Tensor) -> None:
-        super().__init__(model, full)
+    def __init__(self, subject: Subject, model: nn.Module, full: bool, memory: Tensor) -> None:
+        super().__init__(subject, model, full)
         self.memory = memory
         self.generator = torch.Generator().manual_seed(0)
 
     def recalled(self) -> Tensor:
-        return next_byte_loss(
-            self.model, self.memory[torch.randint(len(self.memory), (BATCH_SIZE,), generator=self.generator)]
-        )
+        drawn = torch.randint(len(self.memory), (BATCH_SIZE,), generator=self.generator)
+        return self.loss(self.memory[drawn])
 
     def penalty(self) -> Tensor:
         return self.recalled()
@@ -93,19 +99,22 @@ class AverageGradient(Replay):
 class Elastic(Student):
     """Elastic weight consolidation (Kirkpatrick et al. 2017): each weight is held by its Fisher of A."""
 
-    def __init__(self, model: nn.Module, full: bool, samples: Tensor, strength: float) -> None:
-        super().__init__(model, full)
+    def __init__(
+        self, subject: Subject, model: nn.Module, full: bool, samples: Tensor, strength: float
+    ) -> None:
+        super().__init__(subject, model, full)
         self.strength = strength
         self.start = [p.detach().clone() for p in model.parameters()]
         self.fisher = [torch.zeros_like(p) for p in model.parameters()]
         own = [p for p in model.parameters() if p.requires_grad]
         place = {id(p): i for i, p in enumerate(model.parameters())}
         for sample in samples:
-            for parameter, gradient in zip(
-                own, torch.autograd.grad(next_byte_loss(model, sample[None]), own), strict=True
-            ):
-                # The loss of a window is the mean over its bytes.
-                self.fisher[place[id(parameter)]] += CONTEXT * gradient.square() / len(samples)
+            gradients = torch.autograd.grad(self.loss(sample[None]), own, allow_unused=True)
+            for parameter, gradient in zip(own, gradients, strict=True):
+                if gradient is not None:
+                    # The loss of a window is the mean over its bytes.
+                    terms = CONTEXT if isinstance(subject, Decoder) else 1
+                    self.fisher[place[id(parameter)]] += terms * gradient.square() / len(samples)
 
     def penalty(self) -> Tensor:
         moved = zip(self.model.parameters(), self.start, self.fisher, strict=True)
@@ -135,29 +144,29 @@ class OutOfGradients(Callback):
 class Losses(Callback):
     """Loss of both tasks on held-out windows, every few steps."""
 
-    def __init__(self, held_out: dict[str, Tensor]) -> None:
+    def __init__(self, held_out: list[Tensor]) -> None:
         self.held_out = held_out
         self.curve: list[list[float]] = []
 
     @torch.no_grad()
     def note(self, module: Any) -> None:
-        self.curve.append([next_byte_loss(module.model, one).item() for one in self.held_out.values()])
+        self.curve.append([module.loss(one).item() for one in self.held_out])
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         self.note(module)
 
     def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
-        if trainer.global_step % EVERY == 0:
+        if trainer.global_step % module.subject.every == 0:
             self.note(module)
 
 
-def orders(model: nn.Module, of_a: Tensor, of_b: Tensor, seed: int) -> dict[str, list[str]]:
+def orders(model: nn.Module, rate: float, of_a: Tensor, of_b: Tensor, seed: int) -> dict[str, list[str]]:
     """The cells to freeze, by what they are chosen by: of the scores, only those that surely hurt."""
     pooled = torch.stack([own.square().mean(dim=0) for own in (of_a, of_b)]).mean(dim=0)
     terms = torch.full((len(of_a) + len(of_b),), float(CONTEXT), dtype=torch.float64)
     names = ["a"] * len(of_a) + ["b"] * len(of_b)
     gradients = torch.cat([of_a, of_b])
-    step = RATE * STEPS_B / 2  # half of the way: the expansion is around its start
+    step = rate * STEPS_B / 2  # half of the way: the expansion is around its start
     scores = head_interference(gradients, names, pooled, step_size=step, num_terms=terms)["a", "b"]
     plain = head_interference(gradients, names, pooled, step_size=step)["a", "b"]
     cells = [cell.name for cell in all_cells(model)]
@@ -167,55 +176,60 @@ def orders(model: nn.Module, of_a: Tensor, of_b: Tensor, seed: int) -> dict[str,
         "freeze a third, worst by exchange": scores["exchange"],
         "freeze a third, loss_rise without the number of terms": plain["loss_rise"],
     }
-    chosen = {name: [cells[i] for i in values.topk(NUM_CELLS).indices] for name, values in by.items()}
+    chosen = {name: [cells[i] for i in values.topk(len(cells) // 3).indices] for name, values in by.items()}
     half = scores["loss_rise"].topk(len(cells) // 2).indices
     return chosen | {"freeze half, worst by loss_rise": [cells[i] for i in half]}
 
 
 def conditions(
-    model: nn.Module, texts: Texts, a: str, b: str, seed: int, full: bool
+    subject: Subject, model: nn.Module, a: str, b: str, seed: int, full: bool
 ) -> Iterator[tuple[str, Student, list[Callback]]]:
     """Each with a model that has learned A alone."""
     generator = torch.Generator().manual_seed(200 + seed)
-    of_a, of_b = (texts.draw(task, NUM_SAMPLES, generator) for task in (a, b))
+    of_a, of_b = (subject.draw(task, NUM_SAMPLES, generator) for task in (a, b))
+    by_cell = isinstance(subject, Decoder) and not full
     memory, start = of_a[:MEMORY], copy.deepcopy(model.state_dict())
 
     def fresh() -> nn.Module:
         model.load_state_dict(start)
         return model
 
-    yield NOTHING, Student(fresh(), full), []
-    yield "learning rate x 0.3", Student(fresh(), full, 0.3 * RATE), []
-    gradients = [cell_gradients(fresh(), samples) for samples in (of_a, of_b)]
-    if not full:
-        for name, cells in orders(model, *gradients, seed).items():
-            yield name, Student(fresh(), full), [HeadFreezer(cells)]
+    def student() -> Student:
+        return Student(subject, fresh(), full)
+
+    yield NOTHING, student(), []
+    yield "learning rate x 0.3", Student(subject, fresh(), full, 0.3), []
+    if by_cell:
+        gradients = [cell_gradients(fresh(), samples) for samples in (of_a, of_b)]
+        for name, cells in orders(model, subject.rate, *gradients, seed).items():
+            yield name, student(), [HeadFreezer(cells)]
     for strength in STRENGTHS:
-        student = Student(fresh(), full)
-        yield f"EWC, strength {strength:g}", Elastic(student.model, full, memory, strength), []
-    yield "A-GEM, 64 samples", AverageGradient(fresh(), full, memory), []
-    yield "replay, 64 samples", Replay(fresh(), full, memory), []
-    if not full:
-        yield "project out of A's gradients", Student(fresh(), full), [OutOfGradients(fresh(), gradients[0])]
+        yield f"EWC, strength {strength:g}", Elastic(subject, fresh(), full, memory, strength), []
+    yield "A-GEM, 64 samples", AverageGradient(subject, fresh(), full, memory), []
+    yield "replay, 64 samples", Replay(subject, fresh(), full, memory), []
+    if by_cell:
+        yield "project out of A's gradients", student(), [OutOfGradients(fresh(), gradients[0])]
     for rank in (0.25, 0.5):
         projector = HeadProjector([memory], rank=rank, rest="tensors" if full else "leave")
-        yield f"HeadProjector, rank {rank:g}", Student(fresh(), full), [projector]
+        yield f"HeadProjector, rank {rank:g}", student(), [projector]
 
 
-def curves_of(seed: int, full: bool) -> dict[str, np.ndarray]:
+def curves_of(seed: int, arguments: argparse.Namespace) -> dict[str, np.ndarray]:
     """Losses of A and B along the training on B, under each condition."""
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    a, b = list(itertools.permutations(TASKS, 2))[seed % 6]
-    texts, generator = Texts(), torch.Generator().manual_seed(100 + seed)
-    model = make_model()
-    train(model, torch.optim.AdamW(model.parameters(), RATE), texts, (a,), STEPS_A, generator)
-    held_out = {task: texts.draw(task, NUM_HELD_OUT, generator) for task in (a, b)}
-    batches = texts.draw(b, STEPS_B * BATCH_SIZE, generator)
+    subject: Subject = SUBJECTS[arguments.subject]()
+    a, b = subject.pairs[seed % len(subject.pairs)]
+    b = a if arguments.same else b
+    generator = torch.Generator().manual_seed(100 + seed)
+    model = subject.make()
+    learn(subject, model, a, generator)
+    held_out = [subject.draw(task, subject.num_held_out, generator) for task in (a, b)]
+    batches = subject.draw(b, STEPS_B * BATCH_SIZE, generator)
     curves = {}
-    for name, student, callbacks in conditions(model, texts, a, b, seed, full):
+    for name, student, callbacks in conditions(subject, model, a, b, seed, arguments.full):
         losses = Losses(held_out)
         trainer = Trainer(
             max_epochs=1, accelerator="cpu", callbacks=[*callbacks, losses], logger=False,
@@ -226,6 +240,14 @@ def curves_of(seed: int, full: bool) -> dict[str, np.ndarray]:
     ends = ", ".join(f"{name} {forgetting(curves, name)[0]:.2f}" for name in curves if name != NOTHING)
     print(f"seed {seed}, {a} then {b}: {ends}", flush=True)
     return curves
+
+
+def learn(subject: Subject, model: nn.Module, task: str, generator: torch.Generator) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), subject.rate)
+    for _ in range(subject.steps_before):
+        optimizer.zero_grad()
+        subject.loss(model, subject.draw(task, BATCH_SIZE, generator)).backward()
+        optimizer.step()
 
 
 def forgetting(curves: dict[str, np.ndarray], name: str, other: str = NOTHING) -> tuple[float, float]:
@@ -293,14 +315,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--full", action="store_true", help="train the whole model, not its attention alone")
+    parser.add_argument("--subject", choices=list(SUBJECTS), default="decoder")
+    parser.add_argument("--same", action="store_true", help="B is A once more: what does protection cost?")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--figure", type=Path)
     arguments = parser.parse_args()
     started = time.monotonic()
     with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool:
-        runs = list(pool.map(curves_of, range(arguments.seeds), [arguments.full] * arguments.seeds))
+        runs = list(pool.map(curves_of, range(arguments.seeds), [arguments] * arguments.seeds))
     what = "the whole model trains" if arguments.full else "attention trains"
-    print(f"\n{what}, {len(runs)} seeds ({time.monotonic() - started:.0f} s)\n\n{table(runs)}")
+    what += ", B is A" if arguments.same else ""
+    print(
+        f"\n{arguments.subject}: {what}, {len(runs)} seeds ({time.monotonic() - started:.0f} s)\n\n{table(runs)}"
+    )
     if arguments.figure:
         draw(runs, arguments.figure)
 

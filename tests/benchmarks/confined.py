@@ -18,7 +18,6 @@ import byte_model
 
 TASKS = ("prose", "code", "math")
 WIDTH, HEADS, LAYERS, CONTEXT = 48, 4, 3, 32
-SIZE = WIDTH // HEADS
 
 
 class Texts:
@@ -34,8 +33,8 @@ class Texts:
         return text[starts + torch.arange(CONTEXT + 1)]
 
 
-def make_model() -> byte_model.ByteDecoder:
-    return byte_model.ByteDecoder(WIDTH, HEADS, LAYERS, CONTEXT)
+def make_model(width: int = WIDTH, layers: int = LAYERS) -> byte_model.ByteDecoder:
+    return byte_model.ByteDecoder(width, HEADS, layers, CONTEXT)
 
 
 def next_byte_loss(model: nn.Module, windows: Tensor) -> Tensor:
@@ -57,14 +56,15 @@ class ModelCell:
 
     @property
     def slice(self) -> tuple[slice, slice]:
-        own = slice(self.head * SIZE, (self.head + 1) * SIZE)
+        size = len(self.weight) // HEADS
+        own = slice(self.head * size, (self.head + 1) * size)
         return (slice(None), own) if self.block == "O" else (own, slice(None))
 
 
 def all_cells(model: nn.Module) -> list[ModelCell]:
     return [
         ModelCell(layer, head, block, getattr(model.layers[layer].self_attn, f"{block.lower()}_proj").weight)
-        for layer in range(LAYERS)
+        for layer in range(len(model.layers))
         for head in range(HEADS)
         for block in "QKVO"
     ]

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from models import CausalSelfAttention, Classifier, GroupedAttention
 from modules import Module, loader, trainer
-from test_freezer import Optimised, Packed, Perturbed, Transformer, adamw, on_two_processes
+from synthetic import TinyAttention
+from test_freezer import HARM, Optimised, Packed, Perturbed, Transformer, adamw, on_two_processes, sure
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
 from versions import WHOLE_CHECKPOINT, needs_sharding_on_cpu
 
 from qkov_lightning import (
     ArchitectureError,
     HeadProjector,
+    InterferenceMonitor,
     ProtectedSubspace,
     SubspaceError,
     cli,
@@ -278,6 +283,82 @@ def test_it_can_be_named_in_yaml(tmp_path: Path) -> None:
     assert projector.taken.isnan().sum() == projector.taken.numel() - 1
 
 
+def test_a_number_of_cells_is_the_worst_that_surely_hurt_in_a_heatmap(tmp_path: Path) -> None:
+    monitor = InterferenceMonitor(every_n_steps=1)
+    trainer(tmp_path / "measured", monitor).fit(Module(), loader(12))
+    path, unsure = tmp_path / "heatmap.json", tmp_path / "unsure.json"
+    sure(monitor.heatmap, HARM).save(path)
+    sure(monitor.heatmap, {}).save(unsure)
+    worst = sorted(HARM, key=lambda name: -HARM[name])
+    for count in (1, 2):
+        projector = HeadProjector(probe(), rank=3, cells=count, heatmap=path, pair="math__code")
+        trainer(tmp_path, projector, max_steps=1).fit(Optimised(adamw), loader(4))
+        expected = {
+            name: tuple(map(int, name.replace("L", "").replace("H", "").split(".")[:2])) for name in worst
+        }
+        protected = projector.taken.isfinite().nonzero().tolist()
+        assert protected == sorted([*expected[name], "QKVO".index(name[-1])] for name in worst[:count])
+    with pytest.raises(
+        ValueError, match=r"no cell of '.*unsure.json' surely hurts a task.*protect all of them"
+    ):
+        trainer(tmp_path, HeadProjector(probe(), cells=1, heatmap=unsure)).fit(Module(), loader(4))
+
+
+def test_the_subspace_can_be_measured_again_at_the_weights_of_every_nth_epoch(tmp_path: Path) -> None:
+    class Bases(Callback):
+        def __init__(self) -> None:
+            self.seen: list[ProtectedSubspace] = []
+
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            self.seen.append(projector.subspace)
+            self.fresh = measure_subspace(trainer.lightning_module, probe(), rank=3)
+
+    projector, bases = HeadProjector(probe(), rank=3, every_n_epochs=2), Bases()
+    trainer(tmp_path, projector, bases, max_epochs=4).fit(Optimised(adamw), loader(4))
+    assert [a is b for a, b in pairwise(bases.seen)] == [True, False, True]
+    deep = max(projector.subspace.bases)  # the inputs of the first layer do not depend on the weights
+    first, third = (one.bases[deep] for one in (bases.seen[0], bases.seen[2]))
+    assert not torch.equal(first, third)
+
+
+class Shared(LightningModule):
+    """Attention that learns to halve inputs which share a direction with those of the protected task."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.self_attn = TinyAttention(width=16)
+
+    def training_step(self, inputs: Tensor, batch_idx: int) -> Tensor:
+        return (self.self_attn(inputs) - inputs / 2).square().sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 0.01)
+
+
+def test_a_planted_shared_direction_is_found_and_protected_in_all_of_100_seeds(tmp_path: Path) -> None:
+    """B's steps in Q, K and V lose what they have along it; without protection they have a lot."""
+    for seed in range(100):
+        torch.manual_seed(seed)
+        direction = functional.normalize(torch.randn(16), dim=0)
+        of_a, of_b = (
+            (1 + torch.rand(32, 3, 1)) * direction + noise * torch.randn(32, 3, 16) for noise in (0.05, 0.5)
+        )
+        free, held = Shared(), Shared()
+        held.load_state_dict(free.state_dict())
+        before = weights_of(free)
+        projector = HeadProjector([of_a], rank=1)
+        trainer(tmp_path, max_steps=3).fit(free, DataLoader(of_b, 8))
+        trainer(tmp_path, projector, max_steps=3).fit(held, DataLoader(of_b, 8))
+        moved, kept = steps_of(free, before), steps_of(held, before)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            ((found,),) = projector.subspace.bases[f"self_attn.{name}"].mT
+            assert abs(float(found @ direction)) > 0.999, f"seed {seed}, {name}"
+            weight = f"self_attn.{name}.weight"
+            assert (kept[weight] @ direction).norm() < 0.05 * (moved[weight] @ direction).norm(), (
+                f"seed {seed}, {name}"
+            )
+
+
 def test_it_says_how_much_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """One step by hand, against what the projector says of each cell."""
     free, held = Optimised(adamw), Optimised(adamw)
@@ -344,7 +425,11 @@ def test_optimisers_are_left_as_found_even_after_an_exception(tmp_path: Path) ->
     [
         ({"rank": 0}, r"rank is 0, expected a number of directions"),
         ({"rank": 1.5}, r"rank is 1\.5, expected a number of directions .* or a share"),
-        ({"cells": "some"}, "cells is 'some', expected 'all' or a list of names"),
+        ({"cells": "some"}, "cells is 'some', expected 'all', a list of names or a number"),
+        ({"cells": 0}, "cells is 0, expected 'all', a list of names or a number of at least 1"),
+        ({"cells": 3}, "cells is 3 and heatmap None, expected a heatmap to choose"),
+        ({"heatmap": "runs"}, "cells is 'all' and heatmap 'runs', expected .* neither heatmap nor pair"),
+        ({"every_n_epochs": 2}, "every_n_epochs is 2, expected at least 1, with batches"),
         ({"cells": ["L0.H0.X"]}, "'L0.H0.X' is no cell, expected a name such as 'L15.H8.O'"),
         ({"cells": ["L0.H0.Q"], "rest": "tensors"}, "protects the whole model, expected cells='all'"),
     ],
