@@ -42,7 +42,12 @@ def make_heatmap(
             for block in "QKVO"
         }  # fmt: skip
         infos.append(Layer(f"layers.{layer}.attention", blocks))
-    scores = {"interference": 10 * values, "relative": 2 * values, "cosine": 2 * values - 1}
+    scores = {
+        "interference": 10 * values,
+        "relative": 2 * values,
+        "cosine": 2 * values - 1,
+        "loss_rise": 1 - 2 * values,
+    }
     errors = dict.fromkeys(scores, 0.05 + 0 * values)
     pairs = tuple(
         SamplePair(tasks[0], f"a{i}", tasks[-1], f"b{i}", 0, 0, "Q", float(9 - i)) for i in range(3)

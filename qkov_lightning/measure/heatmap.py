@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,9 @@ from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import Cell, Layer, SamplePair
 from qkov_lightning.measure.encoding import HeatmapError, decode, encode
 from qkov_lightning.store.files import whole_file
+
+if TYPE_CHECKING:
+    from qkov_lightning.measure.verdict import Verdict
 
 MAX_SHOWN_PAIRS = 12
 
@@ -53,6 +57,17 @@ class InterferenceHeatmap:
     replicates: Mapping[str, Float[Tensor, "group task_a task_b layer head block"]] = field(
         default_factory=dict
     )
+
+    @cached_property
+    def verdict(self) -> "Verdict":  # noqa: UP037 - known to the type checker alone
+        """The answer: which cells surely hurt a task, which help, and what the samples leave open.
+
+        Raises:
+            ValueError: If the heatmap has no ``loss_rise``.
+        """
+        from qkov_lightning.measure.verdict import judge
+
+        return judge(self)
 
     @property
     def num_layers(self) -> int:

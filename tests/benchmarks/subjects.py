@@ -86,7 +86,7 @@ class Encoder:
     pairs: list[tuple[str, str]] = field(default_factory=lambda: [("prose", "code"), ("code", "prose")])
     attention: str = ".attention."
     rate: float = 5e-5
-    steps_before: int = 120
+    steps_before: int = 320
     num_held_out: int = 64
     every: int = 8
 
