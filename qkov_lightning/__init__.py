@@ -20,7 +20,7 @@ from qkov_lightning.measure.verdict import PairVerdict, Verdict, judge
 from qkov_lightning.monitor import InterferenceMonitor
 from qkov_lightning.projector import HeadProjector
 from qkov_lightning.scores.fisher import EmpiricalFisher
-from qkov_lightning.scores.functional import head_interference, sample_pairs
+from qkov_lightning.scores.functional import head_interference, pair_harm, sample_pairs
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.resampling import PermutationTest, bootstrap_standard_error, permutation_test
 from qkov_lightning.scores.settings import ScoreSettings
@@ -69,6 +69,7 @@ __all__ = [
     "head_interference",
     "judge",
     "measure_subspace",
+    "pair_harm",
     "permutation_test",
     "probe_interference",
     "register_architecture",

@@ -66,6 +66,8 @@ class InterferenceMonitor(Callback):
             without it.
         group_of: Like ``task_of``, for the group of each sample (its document, its user): standard errors
             then allow for samples of one group that are alike. Samples are independent without it.
+        sample_text_of: Like ``task_of``, for a text of each sample: its first 120 characters are stored and
+            shown beside its identifier. No text leaves the batch without it.
         every_n_steps: Capture one training batch of every n: the first, then one at random in each n.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
@@ -107,6 +109,7 @@ class InterferenceMonitor(Callback):
         num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
         token_samples_of: str | Callable[[Any], Any] = "token_samples",
         group_of: str | Callable[[Any], Any] = "group",
+        sample_text_of: str | Callable[[Any], Any] | None = None,
         every_n_steps: int = 10,
         max_samples_per_task: int = 128,
         max_cache_gb: float = 10.0,
@@ -145,6 +148,7 @@ class InterferenceMonitor(Callback):
         self.num_target_tokens_of = num_target_tokens_of
         self.token_samples_of = token_samples_of
         self.group_of = group_of
+        self.sample_text_of = sample_text_of
         self.every_n_steps = every_n_steps
         self.max_samples_per_task = max_samples_per_task
         self.max_cache_gb = max_cache_gb
@@ -249,6 +253,7 @@ class InterferenceMonitor(Callback):
             self.num_target_tokens_of,
             self.token_samples_of,
             self.group_of,
+            self.sample_text_of,
         )
 
     # When to measure
@@ -316,6 +321,7 @@ class InterferenceMonitor(Callback):
                     sample_id_of=self.sample_id_of,
                     num_target_tokens_of=self.num_target_tokens_of,
                     group_of=self.group_of,
+                    sample_text_of=self.sample_text_of,
                     projections=self._projections,
                     settings=self._settings(trainer),
                     processes=Processes.of(trainer),

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from qkov_lightning.capture.batches import batch_size, fingerprints
 
+MAX_TEXT = 120
+"""Characters of a sample's text that are kept."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -24,12 +27,14 @@ class Samples:
         ids: Identifier of each sample.
         num_target_tokens: Tokens that each sample adds to a token-mean loss, if that is known.
         groups: Group of each sample (its document, its user), if samples of one group are not independent.
+        texts: The beginning of each sample's text, where texts are kept.
     """
 
     tasks: tuple[str, ...]
     ids: tuple[str, ...]
     num_target_tokens: tuple[int, ...] | None = None
     groups: tuple[str, ...] | None = None
+    texts: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -49,6 +54,7 @@ class Labels:
         batch: The batch, which tells samples apart that have no identifier.
         groups: Group of each sample.
         numbered: Whether samples without an identifier are numbered, whatever the batch holds of them.
+        texts: Text of each sample, of which the beginning is kept.
     """
 
     tasks: str | tuple[str, ...]
@@ -58,6 +64,7 @@ class Labels:
     batch: object = None
     groups: tuple[str, ...] | None = None
     numbered: bool = False
+    texts: tuple[str, ...] | None = None
 
     @property
     def key(self) -> tuple[object, object]:
@@ -98,6 +105,7 @@ class Labels:
             ("sample ids", self.ids),
             ("target token counts", self.num_target_tokens),
             ("groups", self.groups),
+            ("texts", self.texts),
         ):
             if values is not None and len(values) != num_samples:
                 raise ValueError(
@@ -113,7 +121,7 @@ class Labels:
                 numbered.append(f"#{numbering[name] * world_size + rank}")
                 numbering[name] += 1
             ids = tuple(numbered)
-        return Samples(tasks, ids, self.num_target_tokens, self.groups)
+        return Samples(tasks, ids, self.num_target_tokens, self.groups, self.texts)
 
 
 _current: ContextVar[Labels | None] = ContextVar("qkov_task", default=None)
@@ -182,6 +190,7 @@ def label_samples(
     token_samples: Tensor | None = None,
     batch: object = None,
     groups: object = None,
+    texts: object = None,
 ) -> Labels:
     """Labels from strings, ints, sequences or tensors of them.
 
@@ -204,6 +213,7 @@ def label_samples(
         token_samples=token_samples,
         batch=batch,
         groups=None if groups is None else tuple(str(value) for value in _as_sequence(groups)),
+        texts=None if texts is None else tuple(str(value)[:MAX_TEXT] for value in _as_sequence(texts)),
     )
 
 
@@ -214,6 +224,7 @@ def read_labels(
     num_target_tokens_of: str | Callable[[Any], Any],
     token_samples_of: str | Callable[[Any], Any] = "token_samples",
     group_of: str | Callable[[Any], Any] = "group",
+    sample_text_of: str | Callable[[Any], Any] | None = None,
 ) -> Labels:
     """Labels of a batch, each from a batch key (or attribute) or from a function of the batch.
 
@@ -238,7 +249,23 @@ def read_labels(
         token_samples,
         batch,
         _entry(batch, group_of),
+        None if sample_text_of is None else _texts(batch, sample_text_of),
     )
+
+
+def _texts(batch: object, source: str | Callable[[Any], Any]) -> object:
+    """Texts of the samples.
+
+    Raises:
+        ValueError: If the batch has none.
+    """
+    found = _entry(batch, source)
+    if found is None or (isinstance(found, Tensor) and not callable(source)):
+        raise ValueError(
+            f"sample_text_of is {source!r}, where the batch has {'no entry' if found is None else 'a tensor'}: expected "
+            "strings, one per sample. Pass the key of texts, or a function of the batch that decodes its tokens."
+        )
+    return found
 
 
 def tasks_at_hand(batch: object, task_of: str | Callable[[Any], Any]) -> frozenset[str]:

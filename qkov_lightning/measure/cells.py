@@ -75,7 +75,22 @@ class Cell:
 
 @dataclass(frozen=True)
 class SamplePair:
-    """Two samples that interfere in a cell: ``sample_b`` of ``task_b`` hurts ``sample_a`` of ``task_a``."""
+    """Two samples that interfere in a cell: ``sample_b`` of ``task_b`` hurts ``sample_a`` of ``task_a``.
+
+    Attributes:
+        task_a: Task of the sample that is hurt.
+        sample_a: Its identifier.
+        task_b: Task of the sample that pushes.
+        sample_b: Its identifier.
+        layer: Position of the layer.
+        head: Head, counted within the block.
+        block: "Q", "K", "V" or "O".
+        value: Their interference, which has no sign.
+        harm: Rise of the loss of the first when one step is taken along the gradient of the second in this
+            cell; below 0 it falls; None in heatmaps that do not know it.
+        text_a: Text of the first, if texts are kept.
+        text_b: Text of the second.
+    """
 
     task_a: str
     sample_a: str
@@ -85,11 +100,19 @@ class SamplePair:
     head: int
     block: Block
     value: float
+    harm: float | None = None
+    text_a: str | None = None
+    text_b: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Short name of the cell, as in ``L15.H8.O``."""
+        return f"L{self.layer}.H{self.head}.{self.block}"
 
     def __str__(self) -> str:
+        verb = "interferes with" if self.harm is None else "hurts" if self.harm > 0 else "helps"
         return (
-            f"{self.task_a} sample {self.sample_a} conflicts with {self.task_b} sample {self.sample_b} "
-            f"at layer {self.layer}, head {self.head}, {self.block}"
+            f"{self.task_b} sample {self.sample_b} {verb} {self.task_a} sample {self.sample_a} in {self.name}"
         )
 
 

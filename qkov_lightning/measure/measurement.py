@@ -1,4 +1,4 @@
-"""From stored gradients to a heatmap: the Fisher, the scores, and the sample pairs of the hottest cells."""
+"""From stored gradients to a heatmap: the Fisher, the scores, and the sample pairs that hurt most."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qkov_lightning.heads.weights import is_trainable
 from qkov_lightning.measure.cells import BlockInfo, Layer, Status
 from qkov_lightning.measure.folding import Folding, disk_errors
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.pairs import hottest_pairs
+from qkov_lightning.measure.pairs import worst_pairs
 from qkov_lightning.scores.fisher import EmpiricalFisher
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.scores import SCORES
@@ -42,8 +42,9 @@ def measure_interference(
     processes: Processes = Processes(),
     rates: Rates | None = None,
     on_projection: Callable[[], None] = lambda: None,
+    refined: Callable[[InterferenceHeatmap], InterferenceHeatmap] = lambda heatmap: heatmap,
 ) -> InterferenceHeatmap | None:
-    """Fold the new steps into the Fisher, score every cell, and find the sample pairs of the hottest.
+    """Fold the new steps into the Fisher, score every cell, and find the sample pairs that hurt most.
 
     Args:
         stored: What is measured.
@@ -53,6 +54,7 @@ def measure_interference(
         processes: Each takes some layers.
         rates: What the optimiser multiplies a gradient with, instead of the direction of the settings.
         on_projection: Called when one of the projections is done, to show progress.
+        refined: Adds to a heatmap what its verdict rests on, before pairs are searched.
 
     Returns:
         The heatmap, the same in every process; None if the cache is empty.
@@ -105,21 +107,23 @@ def measure_interference(
             on_projection()
     processes.agree(failures[0] if failures else None)
     result = {name: value.cpu() for name, value in metric.compute().items()}
-    heatmap = InterferenceHeatmap(
-        tasks=tuple(tasks),
-        layers=_layers(projections, model, result["num_samples"]),
-        scores={score: result[score] for score in SCORES},
-        standard_errors={score: result[f"{score}_standard_error"] for score in SCORES},
-        num_samples=result["num_samples"],
+    heatmap = refined(
+        InterferenceHeatmap(
+            tasks=tuple(tasks),
+            layers=_layers(projections, model, result["num_samples"]),
+            scores={score: result[score] for score in SCORES},
+            standard_errors={score: result[f"{score}_standard_error"] for score in SCORES},
+            num_samples=result["num_samples"],
+        )
     )
     pairs = []
     try:
-        pairs = hottest_pairs(heatmap, own, stored, reader, masks, settings)
+        pairs = worst_pairs(heatmap, own, stored, reader, masks, settings, rates)
     except CacheError as error:
         failures.append(error)
     processes.agree(failures[0] if failures else None)
     pairs = processes.gather(pairs)
-    pairs.sort(key=lambda pair: -pair.value)
+    pairs.sort(key=lambda pair: -(pair.harm or 0.0))
     return replace(heatmap, pairs=tuple(pairs))
 
 

@@ -1,8 +1,9 @@
-"""The pairs of samples that interfere most in the hottest cells."""
+"""The pairs of samples that hurt most, in the cells that the verdict names first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,36 +11,38 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qkov_lightning.capture.gradients import owned_gradients
-from qkov_lightning.heads.projections import Projection
+from qkov_lightning.heads.projections import Block, Projection
 from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.scores.fisher import EmpiricalFisher
-from qkov_lightning.scores.functional import sample_pairs
+from qkov_lightning.scores.functional import pair_harm, sample_pairs
 from qkov_lightning.scores.settings import ScoreSettings
-from qkov_lightning.scores.updates import damped
+from qkov_lightning.scores.updates import damped, update_rate
 from qkov_lightning.store.stored import StoredGradients
 from qkov_lightning.store.streaming import HELD_BYTES, CacheReader, restricted
 
 PAIRS_PER_CELL = 3
 
 
-def hottest_pairs(
+def worst_pairs(
     heatmap: InterferenceHeatmap,
     projections: Sequence[Projection],
     stored: StoredGradients,
     reader: CacheReader,
     masks: dict[Path, Bool[Tensor, sample]],
     settings: ScoreSettings,
+    rates: Mapping[tuple[int, Block], Float[Tensor, "_ _"]] | None = None,
 ) -> list[SamplePair]:
-    """The strongest sample pairs of each hot cell in the given projections.
+    """The sample pairs of the most harm in the cells that the verdict names first.
 
     Args:
-        heatmap: Tells which cells are hot.
+        heatmap: Has the verdict.
         projections: Where to search.
         stored: What was measured, with the Fisher that was written.
         reader: Reads it.
         masks: Samples within the budget, by record.
         settings: What the scores depend on.
+        rates: What the optimiser multiplies a gradient with, instead of the direction of the settings.
 
     Returns:
         Three pairs per cell.
@@ -47,11 +50,11 @@ def hottest_pairs(
     Raises:
         CacheError: If the Fisher, or a record that was readable before, cannot be read.
     """
-    hot: dict[tuple[int, str], list[Cell]] = {}
-    for a, b in heatmap.task_pairs:
-        for cell in heatmap.cells(a, b)[: settings.num_hot_cells]:
+    hot: dict[tuple[int, Block], list[Cell]] = {}
+    for pair in heatmap.verdict.pairs:
+        for cell in pair.cells[: settings.num_hot_cells]:
             hot.setdefault((cell.layer, cell.block), []).append(cell)
-    pairs = []
+    pairs: list[SamplePair] = []
     for projection in projections:
         cells = hot.get((projection.layer, projection.block), [])
         if not cells:
@@ -59,60 +62,126 @@ def hottest_pairs(
         fisher = EmpiricalFisher.load(stored.fisher_path(projection), reader.device).pooled()
         for head in sorted({cell.head for cell in cells}):
             own = [cell for cell in cells if cell.head == head]
-            weights = stored.weights(projection, slice(head, head + 1))
-            each = None if weights is None else weights.to(fisher).flatten(1)
-            # A pair is a sum over weights: one that stands for many is divided by less.
-            denominator = damped(fisher[head][None], settings.damping, each) / (1 if each is None else each)
-            ids, matrices = _pair_matrices(own, stored.as_kept(projection), reader, masks, denominator[0])
-            if not matrices:
-                continue  # the files were deleted since the cell was scored, which has been warned of
-            for cell, matrix in zip(own, matrices, strict=True):
-                if cell.task_a == cell.task_b:
-                    matrix.fill_diagonal_(-1)
-                for flat in matrix.flatten().topk(min(PAIRS_PER_CELL, matrix.numel())).indices.tolist():
-                    i, j = divmod(flat, matrix.shape[1])
-                    pairs.append(
-                        SamplePair(cell.task_a, ids[cell.task_a][i], cell.task_b, ids[cell.task_b][j],
-                                   cell.layer, cell.head, cell.block, float(matrix[i, j]))
-                    )  # fmt: skip
+            heads = slice(head, head + 1)
+            weights = stored.weights(projection, heads)
+            each = torch.ones_like(fisher[head]) if weights is None else weights.to(fisher).flatten()
+            rate = None if rates is None else rates[projection.layer, projection.block]
+            found = _HeadPairs(
+                stored.as_kept(projection),
+                head,
+                fisher[head],
+                each,
+                None if rate is None else stored.kept_of(rate, projection, heads)[0].to(fisher),
+                settings,
+            )
+            for cell in own:
+                pairs += found.of(cell, reader, masks)
     return pairs
 
 
-def _pair_matrices(
-    cells: Sequence[Cell],
-    projection: Projection,
-    reader: CacheReader,
-    masks: dict[Path, Bool[Tensor, sample]],
-    denominator: Float[Tensor, weight],
-) -> tuple[dict[str, list[str]], list[Tensor]]:
-    """Identifiers of the samples by task, and for cells of one head the interference of all their pairs.
+@dataclass(frozen=True, eq=False)
+class _HeadPairs:
+    """Pairs of samples in one head of one projection.
 
-    It is a sum over weights: as many features of the head at a time as fit into memory.
+    Attributes:
+        projection: The projection, as far as it was stored.
+        head: The head.
+        fisher: Pooled Fisher of its weights.
+        each: How many weights each one stands for.
+        rate: What the optimiser multiplies a gradient with, if that is known.
+        settings: What the scores depend on.
     """
-    head = slice(cells[0].head, cells[0].head + 1)
-    tasks = {task for cell in cells for task in (cell.task_a, cell.task_b)}
-    denominator = denominator.view(projection.head_dim, -1)
-    num_samples = sum(len(record.samples) for record in reader.readable(projection.module_name))
-    feature_bytes = num_samples * reader.slice_bytes(projection) // projection.head_dim
-    matrices: list[Tensor | None] = [None] * len(cells)
-    # The gradients by record and by task, their contributions, and their magnitudes: four of a kind.
-    num_features = max(1, HELD_BYTES // (4 * max(1, feature_bytes)))
-    for features in torch.arange(projection.head_dim).split(num_features):
-        slices: dict[str, list[Tensor]] = {task: [] for task in tasks}
-        ids: dict[str, list[str]] = {task: [] for task in tasks}
-        for record, part in reader.parts(restricted(projection, head, features)):
-            gradients = owned_gradients(part).flatten(1)
-            for index, (task, name) in enumerate(zip(record.samples.tasks, record.samples.ids, strict=True)):
-                if task in tasks and bool(masks[record.path][index]):
-                    slices[task].append(gradients[index])
-                    ids[task].append(name)
-        if not all(slices.values()):
-            return {}, []
-        stacked = {task: torch.stack(rows) for task, rows in slices.items()}
-        for index, cell in enumerate(cells):
-            matrix = sample_pairs(
-                stacked[cell.task_a], stacked[cell.task_b], denominator[features].flatten(), damping=0.0
+
+    projection: Projection
+    head: int
+    fisher: Float[Tensor, weight]
+    each: Float[Tensor, weight]
+    rate: Float[Tensor, weight] | None
+    settings: ScoreSettings
+
+    def of(
+        self, cell: Cell, reader: CacheReader, masks: dict[Path, Bool[Tensor, sample]]
+    ) -> Iterator[SamplePair]:
+        """The pairs of most harm in a cell."""
+        a, b = cell.task_a, cell.task_b
+        blocks = self._blocks(reader)
+        loaded: list[_Block] | None = None
+        if len(blocks) == 1:  # read once, used twice
+            loaded = [self._load(reader, masks, {a, b}, blocks[0])]
+
+        def blocks_of() -> Iterator[_Block]:
+            if loaded is not None:
+                yield from loaded
+            else:
+                yield from (self._load(reader, masks, {a, b}, features) for features in blocks)
+
+        # The damping of the rates is a share of a mean over the whole slice.
+        total, squares = 0.0, []
+        for block in blocks_of():
+            if not all(len(block.gradients[task]) for task in (a, b)):
+                return  # the files were deleted since the cell was scored, which has been warned of
+            squares.append(block.gradients[b].square().mean(dim=0))
+            total += float((squares[-1] * self._own(self.each, block)).sum())
+        epsilon = torch.full((1,), self.settings.damping * total / float(self.each.sum()))
+        denominator = damped(self.fisher[None], self.settings.damping, self.each[None])[0] / self.each
+        harm, interference = torch.zeros(()), torch.zeros(())
+        for block, square in zip(blocks_of(), squares, strict=True):
+            update = self.settings.update if self.rate is None else self._own(self.rate, block)[None]
+            rate = update_rate(update, square[None], epsilon.to(square)[None])[0] * self._own(
+                self.each, block
             )
-            known = matrices[index]
-            matrices[index] = matrix if known is None else known + matrix
-    return ids, [matrix for matrix in matrices if matrix is not None]
+            of_a, of_b = block.gradients[a], block.gradients[b]
+            harm = harm + pair_harm(of_a, of_b, rate, self.settings.step_size).cpu()
+            own = self._own(denominator, block)
+            interference = interference + sample_pairs(of_a, of_b, own, damping=0.0).cpu()
+        if a == b:
+            harm.fill_diagonal_(-torch.inf)
+        for flat in harm.flatten().topk(min(PAIRS_PER_CELL, harm.numel())).indices.tolist():
+            i, j = divmod(flat, harm.shape[1])
+            if harm[i, j] > 0:
+                yield SamplePair(
+                    a, block.ids[a][i], b, block.ids[b][j], cell.layer, cell.head, cell.block,
+                    float(interference[i, j]), float(harm[i, j]), block.texts[a][i], block.texts[b][j],
+                )  # fmt: skip
+
+    def _blocks(self, reader: CacheReader) -> list[Tensor]:
+        """As many features of the head at a time as fit into memory."""
+        num_samples = sum(len(record.samples) for record in reader.readable(self.projection.module_name))
+        feature_bytes = num_samples * reader.slice_bytes(self.projection) // self.projection.head_dim
+        # The gradients by record and by task, their contributions, and their magnitudes: four of a kind.
+        count = max(1, HELD_BYTES // (4 * max(1, feature_bytes)))
+        return list(torch.arange(self.projection.head_dim).split(count))
+
+    def _own(self, values: Float[Tensor, weight], block: _Block) -> Float[Tensor, own]:
+        return values.view(self.projection.head_dim, -1)[block.features].flatten()
+
+    def _load(
+        self,
+        reader: CacheReader,
+        masks: dict[Path, Bool[Tensor, sample]],
+        tasks: set[str],
+        features: Tensor,
+    ) -> _Block:
+        rows: dict[str, list[Tensor]] = {task: [] for task in tasks}
+        ids: dict[str, list[str]] = {task: [] for task in tasks}
+        texts: dict[str, list[str | None]] = {task: [] for task in tasks}
+        head = slice(self.head, self.head + 1)
+        for record, part in reader.parts(restricted(self.projection, head, features)):
+            gradients = owned_gradients(part).flatten(1)
+            for index, task in enumerate(record.samples.tasks):
+                if task in tasks and bool(masks[record.path][index]):
+                    rows[task].append(gradients[index])
+                    ids[task].append(record.samples.ids[index])
+                    texts[task].append(record.samples.texts[index] if record.samples.texts else None)
+        stacked = {task: torch.stack(own) if own else torch.empty(0, 0) for task, own in rows.items()}
+        return _Block(features, stacked, ids, texts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Some weights of a head, for the samples of some tasks."""
+
+    features: Tensor
+    gradients: dict[str, Float[Tensor, "sample own"]]
+    ids: dict[str, list[str]]
+    texts: dict[str, list[str | None]]

@@ -61,6 +61,7 @@ def probe_interference(
     sample_id_of: str | Callable[[Any], Any] = "sample_id",
     num_target_tokens_of: str | Callable[[Any], Any] = "num_target_tokens",
     group_of: str | Callable[[Any], Any] = "group",
+    sample_text_of: str | Callable[[Any], Any] | None = None,
     projections: Sequence[Projection] | None = None,
     settings: ScoreSettings = ScoreSettings(),
     processes: Processes = Processes(),
@@ -82,6 +83,7 @@ def probe_interference(
         num_target_tokens_of: The same for target tokens, where the loss does not show them.
         group_of: The same for the group of each sample (its document, its user), which is left out as a
             whole.
+        sample_text_of: The same for a text of each sample, whose beginning is shown beside its identifier.
         projections: Head map; found by ``find_projections`` by default.
         settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
         processes: Those that measure together, each some layers.
@@ -100,7 +102,7 @@ def probe_interference(
     device = next(model.parameters()).device
 
     def labels(batch: Any) -> Labels:
-        sources = (task_of, sample_id_of, num_target_tokens_of, "token_samples", group_of)
+        sources = (task_of, sample_id_of, num_target_tokens_of, "token_samples", group_of, sample_text_of)
         return replace(read_labels(batch, *sources), numbered=True)
 
     seen: Counter[tuple[str, str]] = Counter()
@@ -131,22 +133,32 @@ def probe_interference(
         with torch.no_grad():
             stored = StoredGradients(cache, Path(directory) / "fisher")
             plain_mean = replace(settings, fisher_decay=0.0)
-            heatmap = measure_interference(stored, projections, model, plain_mean, processes)
-            if heatmap is None:
-                raise ValueError("The probe holds no batch, expected at least two samples of each task.")
             notes: dict[str, Any] = {"fisher": FISHER, "damping": settings.damping}
             groups = min(MAX_GROUPS, num_groups_of(record.samples for record, _ in cache.records()))
-            if groups < 2:
-                return replace(heatmap, notes=notes)
-            replicates = jackknife_replicates(
-                cache, projections, heatmap.tasks, groups, settings, processes, device
+
+            def leave_out(heatmap: InterferenceHeatmap) -> InterferenceHeatmap:
+                if groups < 2:
+                    return replace(heatmap, notes=notes)
+                replicates = jackknife_replicates(
+                    cache, projections, heatmap.tasks, groups, settings, processes, device
+                )
+                return replace(
+                    heatmap,
+                    standard_errors={score: jackknife_error(values) for score, values in replicates.items()},
+                    replicates=replicates,
+                    notes={
+                        **notes,
+                        "degrees_of_freedom": groups - 1,
+                        "samples": fingerprint.hexdigest()[:16],
+                    },
+                )
+
+            heatmap = measure_interference(
+                stored, projections, model, plain_mean, processes, refined=leave_out
             )
-    return replace(
-        heatmap,
-        standard_errors={score: jackknife_error(values) for score, values in replicates.items()},
-        replicates=replicates,
-        notes={**notes, "degrees_of_freedom": groups - 1, "samples": fingerprint.hexdigest()[:16]},
-    )
+            if heatmap is None:
+                raise ValueError("The probe holds no batch, expected at least two samples of each task.")
+    return heatmap
 
 
 def find_probe(probe: str | Probe, *owners: object) -> Probe:

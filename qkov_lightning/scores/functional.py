@@ -24,6 +24,28 @@ def sample_pairs(
     return sensitivity @ gradients_b.abs().T
 
 
+def pair_harm(
+    gradients_a: Float[Tensor, "sample_a weight"],
+    gradients_b: Float[Tensor, "sample_b weight"],
+    rate: Float[Tensor, weight],
+    step_size: float = STEP_SIZE,
+) -> Float[Tensor, "sample_a sample_b"]:
+    r"""Rise of sample i's loss when one step is taken along the gradient of sample j, in one slice.
+
+    .. math:: H_{ij} = -\eta \, \langle g_i, \rho \, g_j \rangle
+
+    Its mean over pairs is the slope in ``loss_rise``. Below 0, the step of j helps i.
+
+    Args:
+        gradients_a: Gradients of the samples that are hurt.
+        gradients_b: Gradients of the samples that push.
+        rate: What the optimiser multiplies a gradient with, as from
+            :func:`~qkov_lightning.scores.updates.update_rate`.
+        step_size: Length of the step.
+    """
+    return -step_size * (gradients_a * rate) @ gradients_b.T
+
+
 def head_interference(
     gradients: Float[Tensor, "sample head weight"],
     tasks: Sequence[str],

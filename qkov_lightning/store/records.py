@@ -181,6 +181,7 @@ def _finished(
         "tasks": step.samples.tasks,
         "ids": step.samples.ids,
         "groups": step.samples.groups,
+        "texts": step.samples.texts,
         "scales": step.scales.tolist(),
         "num_terms": step.num_terms.tolist(),
         "modules": modules,
@@ -255,8 +256,10 @@ def _dense_bytes(factors: Sequence[GradientFactors]) -> int:
 
 def _samples(header: Mapping[str, Any]) -> Samples:
     tasks, ids = (tuple(map(str, header[key])) for key in ("tasks", "ids"))
-    groups = header.get("groups")
-    return Samples(tasks, ids, groups=None if groups is None else tuple(map(str, groups)))
+    groups, texts = (
+        None if header.get(key) is None else tuple(map(str, header[key])) for key in ("groups", "texts")
+    )
+    return Samples(tasks, ids, groups=groups, texts=texts)
 
 
 def open_record(path: Path) -> CacheRecord:

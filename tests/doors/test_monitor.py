@@ -225,19 +225,14 @@ def test_tensorboard_gets_figures_a_table_and_scalars(tmp_path: Path) -> None:
 def test_sample_pairs_can_be_found_again(tmp_path: Path) -> None:
     module, monitor = Module(learning_rate=0.0), InterferenceMonitor(every_n_steps=1, num_hot_cells=2)
     trainer(tmp_path, monitor).fit(module, loader(24))
-    pair = max(
-        (p for p in monitor.heatmap.pairs if (p.task_a, p.task_b) == ("math", "code")), key=lambda p: p.value
-    )
-    hottest = monitor.heatmap.cells("math", "code")[0]
+    pair = next(p for p in monitor.heatmap.pairs if (p.task_a, p.task_b) == ("math", "code"))
+    worst = monitor.heatmap.verdict.pair("math", "code").cells[0]
     samples = Samples(24)
     for name, task_name in ((pair.sample_a, "math"), (pair.sample_b, "code")):
         assert samples[int(name.removeprefix("sample-"))]["task"] == task_name
-    hot = [
-        p.value
-        for p in monitor.heatmap.pairs
-        if (p.layer, p.head, p.block) == (hottest.layer, hottest.head, hottest.block)
-    ]
-    assert max(hot) >= hottest.value, "the largest pair is at least the mean of all"
+    harm = [p.harm for p in monitor.heatmap.pairs if (p.task_a, p.name) == ("math", worst.name)]
+    assert len(harm) == 3
+    assert max(harm) > 0
 
 
 def resumable(root: Path, monitor: InterferenceMonitor, epochs: int) -> Any:

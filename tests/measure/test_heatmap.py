@@ -126,7 +126,7 @@ def test_of_many_task_pairs_the_hottest_twelve_are_shown() -> None:
 
 
 def test_a_sample_pair_reads_as_a_sentence() -> None:
-    assert str(heatmap().pairs[0]) == "math sample 7 conflicts with code sample 23 at layer 15, head 8, O"
+    assert str(heatmap().pairs[0]) == "code sample 23 interferes with math sample 7 in L15.H8.O"
 
 
 def test_a_task_never_seen_is_refused() -> None:

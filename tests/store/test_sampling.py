@@ -186,7 +186,8 @@ def test_a_model_whose_heads_are_small_is_kept_whole(tmp_path: Path) -> None:
         torch.testing.assert_close(
             sampled.heatmap.scores[score], values, rtol=1e-3, atol=2e-5, equal_nan=True
         )
-    assert [str(pair) for pair in sampled.heatmap.pairs] == [str(pair) for pair in exact.heatmap.pairs]
+    # A pair and its mirror image hurt alike under SGD: their order is a matter of rounding.
+    assert {str(pair) for pair in sampled.heatmap.pairs} == {str(pair) for pair in exact.heatmap.pairs}
 
 
 def test_a_run_keeps_512_weights_of_each_head_and_stays_near_the_exact_numbers(tmp_path: Path) -> None:

@@ -177,10 +177,8 @@ def test_markdown_is_a_table_per_pair(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = qkov(monkeypatch, capsys, "show", run, "--format", "markdown")
-    assert (
-        text.count("| cell | layer | interference | relative | cosine |\n| --- | --- | --- | --- | --- |\n")
-        == 2
-    )
+    header = "| cell | layer | interference | relative | cosine | loss_rise |\n| --- | --- | --- | --- | --- | --- |\n"
+    assert text.count(header) == 2
     assert text.count("| L") == 20
 
 
@@ -215,8 +213,8 @@ def test_cells_file_has_every_pair_score_and_cell_with_data_and_its_samples(tmp_
     heatmap.num_samples[1].fill_(40)
     write_tables(heatmap, tmp_path)
     rows = list(csv.DictReader((tmp_path / "cells.csv").read_text().splitlines()))
-    # Two layers with data of 4 + 2 + 2 + 4 heads, one cell missing; 4 pairs with the controls; 3 scores.
-    assert len(rows) == (2 * 12 - 1) * 4 * 3
+    # Two layers with data of 4 + 2 + 2 + 4 heads, one cell missing; 4 pairs with the controls; 4 scores.
+    assert len(rows) == (2 * 12 - 1) * 4 * 4
     for row in rows:
         at = int(row["layer"]), int(row["head"]), "QKVO".index(row["block"])
         a, b, score = row["task_a"], row["task_b"], row["score"]
