@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.markup import escape
@@ -196,12 +197,17 @@ def load_model(source: str) -> nn.Module:
     return model
 
 
-def random_batch(model: nn.Module, num_tokens: int = 8) -> dict[str, Tensor]:
+def random_batch(model: nn.Module, num_tokens: int = 8) -> Any:
     """Two random samples, for models that take ``input_ids`` or ``pixel_values``.
+
+    A LightningModule with an ``example_input_array`` gives that.
 
     Raises:
         ValueError: If the model says that it takes something else, or not how many tokens or pixels it knows.
     """
+    example = getattr(model, "example_input_array", None)
+    if example is not None:
+        return example
     config = next(_configs(model), None)
     takes = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
@@ -212,8 +218,8 @@ def random_batch(model: nn.Module, num_tokens: int = 8) -> dict[str, Tensor]:
         return {"pixel_values": torch.randn(shape, generator=generator)}
     if takes != "input_ids" or not isinstance(vocabulary, int):
         raise ValueError(
-            f"{type(model).__name__} takes neither tokens of a known number nor images of a known size: verify it in "
-            "Python with a sample of yours, `verify_projections(model, batch)`."
+            f"{type(model).__name__} takes neither tokens of a known number nor images of a known size: give it an "
+            "`example_input_array`, or verify it in Python with a sample of yours, `verify_projections(model, batch)`."
         )
     tokens = torch.randint(vocabulary, (2, num_tokens), generator=generator)
     encoder_decoder = getattr(config, "is_encoder_decoder", False)

@@ -14,6 +14,7 @@ from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.store.cache import GradientCache
 from qkov_lightning.store.files import CacheError, adopt_directory, write_durably
+from qkov_lightning.store.leftovers import MARKER, owner_note, remove_cache
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.records import StepSize
 from qkov_lightning.store.sampling import Coordinates, sampled_bytes
@@ -70,11 +71,12 @@ class RunStore:
         self.cache.keep_from(0)
         self._fold_every, self._since_fold = 1, 0  # captured steps
         self._checkpointed = [(0, 0)]  # batches and Fisher of the last two checkpoints
+        self._is_needed = False  # by a checkpoint
         self._num_unusable = 0  # steps seen before the choice that have no finite gradient
-        self._marker = directory / "shared"
+        self._marker = directory / MARKER
         if processes.is_first:
             try:
-                self._marker.touch()
+                self._marker.write_text(owner_note(), encoding="utf-8")
             except OSError as error:
                 raise CacheError(f"The cache directory {directory} cannot be written: {error}") from error
         self.open(projections)
@@ -133,6 +135,24 @@ class RunStore:
         if self._writer:
             self._writer.close()
             self._writer = None
+
+    def remove(self) -> None:
+        """Remove the cache; what cannot be removed stays.
+
+        Warns:
+            UserWarning: If the disk refuses.
+        """
+        try:
+            remove_cache(self.cache.directory)
+        except OSError as error:
+            warnings.warn(
+                f"The gradient cache {self.cache.directory} could not be removed: {error}", stacklevel=2
+            )
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a checkpoint of this run says where the cache is."""
+        return self._is_needed
 
     # Exact or sampled
 
@@ -230,6 +250,7 @@ class RunStore:
         Raises:
             CacheError: If the cache cannot be written.
         """
+        self._is_needed = True
         self._checkpointed = [*self._checkpointed, (step, self.fisher_step)][-2:]
         self.cache.note_checkpoint(step)
 
@@ -290,7 +311,7 @@ class RunStore:
                 adopt_directory(drawn.parent, self._coordinates_path().parent)
             self._keep(_loaded(self._coordinates_path()))
         self.chosen = stored if stored == "factors" or self.coordinates else ""
-        self._checkpointed = [(step, self.fisher_step)]
+        self._checkpointed, self._is_needed = [(step, self.fisher_step)], True
 
 
 def _loaded(path: Path) -> Coordinates:

@@ -48,7 +48,7 @@ class StoredGradients:
 
     def kept_of(
         self, whole: Float[Tensor, "head weight"], projection: Projection, heads: slice
-    ) -> Float[Tensor, "head kept"]:
+    ) -> Float[Tensor, "own kept"]:
         """What belongs to the kept weights, of values for all weights of a projection."""
         if self.coordinates is None:
             return whole[heads]

@@ -242,7 +242,7 @@ def test_a_resumed_run_keeps_the_weights_that_were_drawn(tmp_path: Path) -> None
 
 
 def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
-    sampled = monitor(cache_dir=tmp_path / "cache")
+    sampled = monitor(cache_dir=tmp_path / "cache", keep_cache=True)
     fit = trainer(tmp_path, sampled, limit_train_batches=3)
     fit.fit(Wide(), loader(24))
     step, _ = captured_like_qwen3(2)
@@ -254,6 +254,6 @@ def test_a_cache_of_other_weights_is_refused(tmp_path: Path) -> None:
 
 def test_a_probe_is_never_sampled() -> None:
     with pytest.raises(
-        ValueError, match="storage is 'sampled', expected auto or factors: a probe measures exact"
+        ValueError, match="storage is 'sampled', expected auto or exact: a probe measures exact"
     ):
         InterferenceMonitor(storage="sampled", probe=[{}])

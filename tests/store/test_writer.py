@@ -173,7 +173,11 @@ def test_no_thread_survives_and_what_was_captured_is_on_disk(
             if arguments[-1] == 3 and error is not None:
                 raise error
 
-    fit = trainer(tmp_path, InterferenceMonitor(every_n_steps=1, cache_dir=tmp_path / "cache"), Interrupt())
+    fit = trainer(
+        tmp_path,
+        InterferenceMonitor(every_n_steps=1, cache_dir=tmp_path / "cache", keep_cache=True),
+        Interrupt(),
+    )
     try:
         fit.fit(Module(), loader(24))
     except (RuntimeError, KeyboardInterrupt, SystemExit):

@@ -1,0 +1,152 @@
+"""Commands that load a model: inspect, verify, probe, protect."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule, LightningModule
+from rich.console import Console
+
+from qkov_lightning.capture.capture_check import verify_capture
+from qkov_lightning.capture.reductions import ReductionChoice
+from qkov_lightning.heads.inspection import describe, load_model, random_batch
+from qkov_lightning.heads.verification import verify_projections
+from qkov_lightning.measure.probe import Probe, find_probe, load_weights, probe_interference
+from qkov_lightning.measure.subspace import Rest, measure_subspace
+from qkov_lightning.views.screen import epoch_lines
+
+
+def inspect(model: str, verify: bool = False, num_tokens: int = 512) -> None:
+    """Show which features of which module belong to each head of a model.
+
+    Args:
+        model: Import path ``package.module:function`` to a function that returns the model, or a local
+            ``from_pretrained`` folder.
+        verify: Also prove on random tokens or images that each slice is the head that the model computes.
+        num_tokens: Tokens of a sample, for the estimate of its size in the cache.
+
+    Raises:
+        ValueError: If a slice is not the head that it is said to be.
+    """
+    loaded = load_model(model)
+    Console().print(describe(loaded, num_tokens))
+    if verify:
+        verification = verify_projections(loaded, random_batch(loaded))
+        if not verification.passed:
+            raise ValueError(str(verification))
+        Console().print(str(verification))
+
+
+def probe(
+    checkpoint: Path,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    hook: str = "probe_dataloader",
+    loss: Callable[..., Any] | None = None,
+    loss_reduction: ReductionChoice = "auto",
+    task_of: str = "task",
+    output: Path = Path("interference-probe.json"),
+) -> None:
+    """Measure the interference of fixed samples at the weights of a checkpoint.
+
+    Args:
+        checkpoint: Checkpoint that Lightning wrote.
+        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel
+            --model.width 64`).
+        data: LightningDataModule that has the samples.
+        hook: Method of the data module (or the model) that returns their DataLoader.
+        loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from
+            the loss.
+        task_of: Batch key that gives the task of each sample.
+        output: File to write.
+    """
+    loaded, batches, (step, epoch) = _load(model, data, checkpoint, hook)
+    heatmap = probe_interference(
+        loaded,
+        batches,
+        loss=loss,
+        loss_reduction=loss_reduction,
+        task_of=task_of,
+    )
+    heatmap = replace(heatmap, step=step, epoch=epoch)
+    heatmap.save(output)
+    Console().print(epoch_lines(heatmap, str(output)))
+
+
+def protect(
+    checkpoint: Path,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    hook: str = "probe_dataloader",
+    rank: int | float = 0.5,
+    rest: Rest = "leave",
+    output: Path = Path("protected.safetensors"),
+) -> None:
+    """Measure which directions of its weights the samples use, for HeadProjector to keep them.
+
+    Args:
+        checkpoint: Checkpoint that Lightning wrote.
+        model: LightningModule with the arguments it was trained with (`--model my_module.MyModel
+            --model.width 64`).
+        data: LightningDataModule that has the samples of the tasks to protect.
+        hook: Method of the data module (or the model) that returns their DataLoader.
+        rank: Directions of each module's inputs: a number of them, or their share of the inputs.
+        rest: "tensors" also measures the weights outside of the heads, for full fine-tuning.
+        output: File to write.
+    """
+    loaded, batches, _ = _load(model, data, checkpoint, hook)
+    subspace = measure_subspace(loaded, batches, rank=rank, rest=rest)
+    subspace.save(output)
+    size = f"{subspace.num_bytes / 2**20:.3g} MiB"
+    sys.stdout.write(f"{output}: {len(subspace.bases)} modules, {subspace.num_samples} samples, {size}\n")
+
+
+def verify(
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    checkpoint: Path | None = None,
+    hook: str = "train_dataloader",
+    loss: Callable[..., Any] | None = None,
+    loss_reduction: ReductionChoice = "auto",
+) -> None:
+    """Compare the captured gradients of a batch with those of each of its samples alone.
+
+    Args:
+        model: LightningModule with the arguments it is trained with (`--model my_module.MyModel --model.width
+            64`).
+        data: LightningDataModule whose first batch is taken; a few samples are enough.
+        checkpoint: Checkpoint that Lightning wrote; the weights that the model starts with without it.
+        hook: Method of the data module (or the model) that returns the DataLoader.
+        loss: Function of the model and a batch, as an import path; the model's `training_step` without it.
+        loss_reduction: How the loss joins the samples of a batch: mean, token_mean or sum; auto reads it from
+            the loss.
+
+    Raises:
+        ValueError: If a gradient is not the one of the sample alone.
+    """
+    loaded, batches, _ = _load(model, data, checkpoint, hook)
+    verification = verify_capture(loaded, next(iter(batches)), loss=loss, loss_reduction=loss_reduction)
+    Console().print(verification)
+    if not verification.passed:
+        raise ValueError(verification.summary)
+
+
+def _load(
+    model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None, hook: str
+) -> tuple[LightningModule, Probe, tuple[int, int]]:
+    """A model with the weights of a checkpoint, the batches to run it on, and its steps and epochs so far.
+
+    Raises:
+        ValueError: If the model or the data is missing.
+    """
+    if model is None or data is None:
+        raise ValueError("Say what to load: `--model <class path>` and `--data <class path>`.")
+    done = (0, 0) if checkpoint is None else load_weights(model, checkpoint)
+    data.prepare_data()
+    data.setup("fit")
+    return model, find_probe(hook, data, model), done
