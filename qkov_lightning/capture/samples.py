@@ -15,7 +15,7 @@ from torch import Tensor
 from qkov_lightning.capture.batches import batch_size, fingerprints
 
 MAX_TEXT = 120
-"""Characters of a sample's text that are kept."""
+"""Characters of a sample's text that are kept; line breaks become blanks."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,9 @@ def label_samples(
         token_samples=token_samples,
         batch=batch,
         groups=None if groups is None else tuple(str(value) for value in _as_sequence(groups)),
-        texts=None if texts is None else tuple(str(value)[:MAX_TEXT] for value in _as_sequence(texts)),
+        texts=None
+        if texts is None
+        else tuple(" ".join(str(value).split())[:MAX_TEXT] for value in _as_sequence(texts)),
     )
 
 

@@ -1,14 +1,13 @@
-"""The parts of a heatmap: layers and their blocks, cells, sample pairs, and how they are named."""
+"""The parts of a heatmap: layers and their blocks, cells, and sample pairs."""
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from qkov_lightning.heads.projections import Block
+from qkov_lightning.measure.names import readable
 
 Status = Literal["measured", "frozen", "no data"]
 
@@ -111,23 +110,5 @@ class SamplePair:
 
     def __str__(self) -> str:
         verb = "interferes with" if self.harm is None else "hurts" if self.harm > 0 else "helps"
-        return (
-            f"{self.task_b} sample {self.sample_b} {verb} {self.task_a} sample {self.sample_a} in {self.name}"
-        )
-
-
-def safe_name(name: str) -> str:
-    """A task name for file names and logger tags: anything unusual becomes ``_`` and a checksum is added.
-
-    >>> safe_name("math"), safe_name("a/b")
-    ('math', 'a_b-07f4401c')
-    """
-    plain = re.sub(r"[^A-Za-z0-9.-]+|^\.+", "_", name)[:60]
-    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode('utf-8', 'surrogatepass')):08x}"
-
-
-def printable(name: str) -> str:
-    """A task name for people: what would move the cursor or break the line is replaced."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name
-    )
+        a, b = readable(self.task_a), readable(self.task_b)
+        return f"{b} sample {self.sample_b} {verb} {a} sample {self.sample_a} in {self.name}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.scores import HARM, SCORES
 
 SCHEMA_VERSION = 2
 
@@ -72,7 +72,7 @@ def decode(text: str) -> dict[str, Any]:
             "the version that wrote it."
         )
     try:
-        fields = {
+        fields: dict[str, Any] = {
             "tasks": tuple(data["tasks"]),
             "layers": tuple(
                 Layer(entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()})
@@ -91,6 +91,10 @@ def decode(text: str) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise HeatmapError(f"not an interference heatmap: {type(error).__name__}: {error}") from error
+    if HARM not in fields["scores"]:
+        raise HeatmapError(
+            f"no {HARM!r} in it ({', '.join(fields['scores'])}), which says how much a task is hurt: measure it again."
+        )
     _check_shapes(fields)
     return fields
 

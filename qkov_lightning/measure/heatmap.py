@@ -15,15 +15,18 @@ from torch import Tensor
 from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import Cell, Layer, SamplePair
 from qkov_lightning.measure.encoding import HeatmapError, decode, encode
+from qkov_lightning.scores.scores import HARM
 from qkov_lightning.store.files import whole_file
 
 if TYPE_CHECKING:
-    from qkov_lightning.measure.verdict import Verdict
+    from matplotlib.figure import Figure
+
+    from qkov_lightning.measure.verdict import PairVerdict, Verdict
 
 MAX_SHOWN_PAIRS = 12
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InterferenceHeatmap:
     """Scores of every ordered task pair in every (layer, head, block).
 
@@ -39,7 +42,7 @@ class InterferenceHeatmap:
         num_samples: Samples behind each cell, ``[task, layer, head, block]``.
         step: Optimiser steps done.
         epoch: Epoch, from 0.
-        pairs: Sample pairs of the hottest cells, hottest first.
+        pairs: Sample pairs of the cells that the verdict names first, the most harm first.
         notes: Facts about the run that the numbers rest on (dropped steps, unreadable files, ...).
         replicates: Values by score name without each group of samples, from which the standard errors were
             made; empty where they were made in another way.
@@ -69,6 +72,71 @@ class InterferenceHeatmap:
 
         return judge(self)
 
+    def __getitem__(self, pair: tuple[str, str]) -> "PairVerdict":  # noqa: UP037
+        """The verdict on one ordered pair: ``heatmap["math", "code"]`` is what code does to math.
+
+        Raises:
+            KeyError: If the heatmap does not know a task.
+        """
+        from qkov_lightning.measure.verdict import judge
+
+        if set(pair) - set(self.tasks):
+            raise KeyError(f"{' <- '.join(pair)}: this heatmap has {', '.join(map(repr, self.tasks))}.")
+        return self.verdict.pair(*pair) if pair in self.task_pairs else judge(self, [pair]).pairs[0]
+
+    def __repr__(self) -> str:
+        tasks, shape = ", ".join(map(repr, self.tasks)), f"{self.num_layers} layers x {self.num_heads} heads"
+        return f"<InterferenceHeatmap of {tasks}: {shape}, epoch {self.epoch}, step {self.step}>"
+
+    def _repr_html_(self) -> str:
+        from qkov_lightning.views.notebook import to_html
+
+        return to_html(self)
+
+    def plot(self, a: str | None = None, b: str | None = None, score: str = HARM) -> "Figure":  # noqa: UP037
+        """The overview, or one score of one task pair.
+
+        Args:
+            a: Task that is hurt; without it, all pairs are drawn.
+            b: Task that pushes.
+            score: Which score, of one pair.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ValueError: If the heatmap does not know a task or the score, or one of the tasks is missing.
+        """
+        from qkov_lightning.views.figures import heatmap_figure
+        from qkov_lightning.views.overview import overview
+
+        if a is not None and b is not None:
+            return heatmap_figure(self, a, b, score)
+        if (a, b, score) != (None, None, HARM):
+            raise ValueError(
+                f"plot got a={a!r}, b={b!r} and score={score!r}, expected both tasks of a pair, or nothing."
+            )
+        return overview(self)
+
+    def to_frame(self) -> Any:
+        """A row for every cell, ordered pair and score, as in ``cells.csv``.
+
+        Returns:
+            A ``pandas.DataFrame``.
+
+        Raises:
+            ModuleNotFoundError: If pandas is not installed.
+        """
+        from qkov_lightning.views.tables import COLUMNS, cell_rows
+
+        try:
+            import pandas
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "InterferenceHeatmap.to_frame needs pandas, which is not installed. Fix: pip install pandas."
+            ) from error
+        return pandas.DataFrame(list(cell_rows(self)), columns=list(COLUMNS))
+
     @property
     def num_layers(self) -> int:
         """Number of attention layers."""
@@ -88,13 +156,11 @@ class InterferenceHeatmap:
 
     @property
     def shown_pairs(self) -> tuple[tuple[str, str], ...]:
-        """The task pairs that figures and tables show after every epoch: the twelve with the hottest cells.
+        """The task pairs to show where there is no room for all: the first twelve of the verdict.
 
-        All pairs of up to four tasks; ten tasks have ninety, and drawing takes time. The file has them all.
+        All pairs of up to four tasks; ten tasks have ninety. Files have them all.
         """
-        hottest = {pair: float(self.values(*pair).nan_to_num(nan=-1.0).max()) for pair in self.task_pairs}
-        shown = set(sorted(hottest, key=hottest.__getitem__, reverse=True)[:MAX_SHOWN_PAIRS])
-        return tuple(pair for pair in self.task_pairs if pair in shown)
+        return tuple((pair.task_a, pair.task_b) for pair in self.verdict.pairs[:MAX_SHOWN_PAIRS])
 
     @property
     def samples_per_task(self) -> dict[str, int]:

@@ -88,16 +88,6 @@ def jackknife_replicates(
     return {score: _rounded(torch.stack([result[score].cpu() for result in results])) for score in SCORES}
 
 
-def jackknife_error(replicates: Float[Tensor, group * quantity]) -> Float[Tensor, "*quantity"]:
-    r"""Standard error of a quantity, with one degree of freedom less than there are groups.
-
-    .. math:: s^2 = \frac{G - 1}{G} \sum_{g=1}^{G} (\theta_{-g} - \bar\theta)^2
-
-    with :math:`\theta_{-g}` the quantity without the g-th group of samples (Quenouille 1949, Tukey 1958).
-    """
-    return (replicates.var(dim=0, correction=0) * (len(replicates) - 1)).sqrt()
-
-
 def num_groups_of(samples: Iterable[Samples]) -> int:
     """How many groups the task with the fewest has; a sample without a group is one of its own."""
     units: dict[str, set[object]] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,8 +74,10 @@ def worst_pairs(
                 None if rate is None else stored.kept_of(rate, projection, heads)[0].to(fisher),
                 settings,
             )
+            tasks = {task for cell in own for task in (cell.task_a, cell.task_b)}
+            blocks = found.blocks(reader, masks, tasks)
             for cell in own:
-                pairs += found.of(cell, reader, masks)
+                pairs += found.of(cell, blocks)
     return pairs
 
 
@@ -99,22 +101,19 @@ class _HeadPairs:
     rate: Float[Tensor, weight] | None
     settings: ScoreSettings
 
-    def of(
-        self, cell: Cell, reader: CacheReader, masks: dict[Path, Bool[Tensor, sample]]
-    ) -> Iterator[SamplePair]:
+    def blocks(
+        self, reader: CacheReader, masks: dict[Path, Bool[Tensor, sample]], tasks: set[str]
+    ) -> Callable[[], Iterator[_Block]]:
+        """The gradients of some tasks, in blocks of weights: read once where all of them fit into memory."""
+        parts = self._parts(reader)
+        if len(parts) == 1:
+            block = self._load(reader, masks, tasks, parts[0])
+            return lambda: iter([block])
+        return lambda: (self._load(reader, masks, tasks, features) for features in parts)
+
+    def of(self, cell: Cell, blocks_of: Callable[[], Iterator[_Block]]) -> Iterator[SamplePair]:
         """The pairs of most harm in a cell."""
         a, b = cell.task_a, cell.task_b
-        blocks = self._blocks(reader)
-        loaded: list[_Block] | None = None
-        if len(blocks) == 1:  # read once, used twice
-            loaded = [self._load(reader, masks, {a, b}, blocks[0])]
-
-        def blocks_of() -> Iterator[_Block]:
-            if loaded is not None:
-                yield from loaded
-            else:
-                yield from (self._load(reader, masks, {a, b}, features) for features in blocks)
-
         # The damping of the rates is a share of a mean over the whole slice.
         total, squares = 0.0, []
         for block in blocks_of():
@@ -144,7 +143,7 @@ class _HeadPairs:
                     float(interference[i, j]), float(harm[i, j]), block.texts[a][i], block.texts[b][j],
                 )  # fmt: skip
 
-    def _blocks(self, reader: CacheReader) -> list[Tensor]:
+    def _parts(self, reader: CacheReader) -> list[Tensor]:
         """As many features of the head at a time as fit into memory."""
         num_samples = sum(len(record.samples) for record in reader.readable(self.projection.module_name))
         feature_bytes = num_samples * reader.slice_bytes(self.projection) // self.projection.head_dim

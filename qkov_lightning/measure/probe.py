@@ -29,8 +29,9 @@ from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.projections import Projection
+from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.jackknife import jackknife_error, jackknife_replicates, num_groups_of
+from qkov_lightning.measure.jackknife import jackknife_replicates, num_groups_of
 from qkov_lightning.measure.measurement import measure_interference
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.store.cache import GradientCache

@@ -334,6 +334,22 @@ class Recording:
             f"The interference monitor switched itself off; training goes on. {error}", stacklevel=4
         )
 
+    def clear(self, processes: Processes) -> None:
+        """Remove the cache, unless a checkpoint needs it to go on; called by all processes."""
+        if self.store is None or self._switched_off:
+            return
+        self.close()
+        processes.wait()
+        if self.store.is_needed:
+            rank_zero_info(
+                f"InterferenceMonitor: the gradient cache stays in {self.store.cache.directory} for the checkpoints of this "
+                f"training; `qkov clean {self.store.cache.directory.parent}` removes it."
+            )
+            return
+        if processes.is_first:
+            self.store.remove()
+        self.store = None
+
     def close(self) -> None:
         """Write what is on its way, and leave the model as it was found."""
         try:

@@ -9,20 +9,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import special, stats
 from torch import Tensor
 
 from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import Cell
+from qkov_lightning.measure.certainty import ALPHA, degrees_of_freedom, jackknife_error, sure_signs
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.jackknife import jackknife_error
+from qkov_lightning.measure.names import pair_label
 from qkov_lightning.measure.sufficiency import Sufficiency, expected_of_more
-
-HARM = "loss_rise"
-"""The score that says how much a task is hurt: the only one in units of its loss."""
-
-ALPHA = 0.05
-"""Share of wrong cells among those that are called sure (Benjamini & Hochberg 1995)."""
+from qkov_lightning.scores.scores import HARM
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Part:
     num_helpful: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PairVerdict:
     """What training ``task_b`` does to ``task_a``, cell by cell.
 
@@ -94,12 +89,17 @@ class PairVerdict:
         """Rise of the loss in the cells that surely hurt."""
         return math.fsum(cell.value for cell in self.harmful)
 
+    def __repr__(self) -> str:
+        rise = f"{self.rise:+.3g} ± {self.standard_error:.1g}"
+        counts = f"{len(self.harmful)} cells hurt, {len(self.helpful)} help, {self.num_undecided} undecided"
+        return f"<{pair_label(self.task_a, self.task_b)}: rise of the loss {rise}; {counts}>"
+
     def share(self, cell: Cell) -> float:
         """Share of the sure harm of the pair that a cell carries; 0 where it does none."""
         return cell.value / self.sure_harm if cell in self.harmful else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Verdict:
     """What the task pairs of a heatmap do to each other.
 
@@ -150,6 +150,10 @@ class Verdict:
         worst = max(harm, key=harm.__getitem__, default=None)
         return worst if worst is not None and harm[worst] > 0 else None
 
+    def __repr__(self) -> str:
+        counts = f"{len(self.harmful)} of {self.num_cells} cells hurt, {len(self.helpful)} help"
+        return f"<Verdict: {counts}; {', '.join(map(repr, self.pairs))}>"
+
     def pair(self, a: str, b: str) -> PairVerdict:
         """The verdict on one pair.
 
@@ -187,46 +191,40 @@ def judge(
             "again."
         )
     pairs = heatmap.task_pairs if pairs is None else pairs
-    cells = [heatmap.cells(a, b, HARM) for a, b in pairs]
-    every = [cell for own in cells for cell in own]
-    freedom = np.array([_freedom(heatmap, cell) for cell in every])
-    p_values = _p_values(every, freedom)
-    corrected = stats.false_discovery_control(p_values) if every else p_values
-    sure = dict(zip(every, (corrected <= alpha).tolist(), strict=True))
-    judged = [_pair(heatmap, a, b, own, sure) for (a, b), own in zip(pairs, cells, strict=True)]
+    signs = sure_signs(heatmap, HARM, pairs, alpha)
+    judged = [_pair(heatmap, a, b, signs[a, b]) for a, b in pairs]
     judged.sort(key=lambda pair: (-pair.sure_harm, -pair.rise))
-    num_samples = min(heatmap.samples_per_task.values(), default=0)
-    sufficiency = expected_of_more(every, freedom, list(sure.values()), alpha, num_samples) if every else None
-    return Verdict(tuple(judged), alpha, sufficiency)
+    return Verdict(tuple(judged), alpha, _sufficiency(heatmap, judged, alpha))
 
 
-def _p_values(cells: Sequence[Cell], freedom: np.ndarray) -> np.ndarray:
-    value = np.array([cell.value for cell in cells])
-    error = np.array([cell.standard_error for cell in cells])
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where(error > 0, np.abs(value) / error, np.where(value == 0, 0.0, np.inf))
-    return 2 * special.stdtr(freedom, -t)
+def _sufficiency(
+    heatmap: InterferenceHeatmap, judged: Sequence[PairVerdict], alpha: float
+) -> Sufficiency | None:
+    cells: list[Cell] = []
+    freedom: list[float] = []
+    for pair in judged:
+        known = degrees_of_freedom(heatmap, pair.task_a, pair.task_b)
+        cells += pair.cells
+        freedom += [float(known[_at(cell)]) for cell in pair.cells]
+    if not cells:
+        return None
+    sure = {cell for pair in judged for cell in (*pair.harmful, *pair.helpful)}
+    num_samples = min(heatmap.samples_per_task.values())
+    return expected_of_more(cells, np.array(freedom), [cell in sure for cell in cells], alpha, num_samples)
 
 
-def _freedom(heatmap: InterferenceHeatmap, cell: Cell) -> int:
-    """Degrees of freedom of a standard error: those of the groups left out, or of the smaller task."""
-    known = heatmap.notes.get("degrees_of_freedom")
-    if isinstance(known, int) and known > 0:
-        return known
-    counts = heatmap.num_samples[:, cell.layer, cell.head, BLOCKS.index(cell.block)]
-    return max(1, int(min(counts[heatmap.tasks.index(task)] for task in (cell.task_a, cell.task_b))) - 1)
+def _at(cell: Cell) -> tuple[int, int, int]:
+    return cell.layer, cell.head, BLOCKS.index(cell.block)
 
 
 def _pair(
-    heatmap: InterferenceHeatmap, a: str, b: str, cells: Sequence[Cell], sure: dict[Cell, bool]
+    heatmap: InterferenceHeatmap, a: str, b: str, signs: Float[Tensor, "layer head block"]
 ) -> PairVerdict:
-    everything = torch.ones_like(heatmap.values(a, b, HARM))
-    marks = torch.zeros_like(everything)
-    for cell in cells:
-        marks[cell.layer, cell.head, BLOCKS.index(cell.block)] = math.copysign(sure[cell], cell.value)
+    cells = heatmap.cells(a, b, HARM)
+    everything = torch.ones_like(signs)
 
     def part(name: str, weight: Float[Tensor, "layer head block"]) -> Part:
-        own = marks * (weight > 0)
+        own = signs[weight > 0]
         rise, error = _sum(heatmap, a, b, weight)
         return Part(name, rise, error, int((own > 0).sum()), int((own < 0).sum()))
 
@@ -243,9 +241,9 @@ def _pair(
     return PairVerdict(
         a,
         b,
-        harmful=tuple(cell for cell in cells if sure[cell] and cell.value > 0),
-        undecided=tuple(cell for cell in cells if not sure[cell] or cell.value == 0),
-        helpful=tuple(cell for cell in reversed(cells) if sure[cell] and cell.value < 0),
+        harmful=tuple(cell for cell in cells if signs[_at(cell)] > 0),
+        undecided=tuple(cell for cell in cells if signs[_at(cell)] == 0),
+        helpful=tuple(cell for cell in reversed(cells) if signs[_at(cell)] < 0),
         rise=rise,
         standard_error=error,
         heads=largest_first([part(name, weight) for name, weight in _head_weights(heatmap, layers)]),

@@ -227,7 +227,7 @@ class HeadInterference(Metric):
 
             _, ax = pyplot.subplots()
         draw_strip(ax, values[first, second].numpy(), num_heads, scale_of(score, len(self.tasks), largest))
-        ax.set_title(f"{score}: {self.tasks[second]} pushes on {self.tasks[first]}")
+        ax.set_title(f"{score}: {self.tasks[first]} <- {self.tasks[second]}")
         figure = getattr(ax.figure, "figure", None)  # the whole one, if the axis is in a subfigure
         if figure is None:
             raise ValueError("ax belongs to no figure; make it with `Figure.add_subplot`.")

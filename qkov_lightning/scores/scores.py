@@ -220,7 +220,7 @@ class Score:
 SCORES: dict[str, Score] = {
     score.name: score
     for score in (
-        Score("interference", interference, "in units of gradient"),
+        Score("loss_rise", loss_rise, "predicted rise of the loss, below 0 = it falls", signed=True),
         Score(
             "relative",
             relative,
@@ -246,9 +246,12 @@ SCORES: dict[str, Score] = {
             symmetric=True,
             signed=True,
         ),
+        Score("interference", interference, "in units of gradient"),
         Score("forgetting", forgetting, "curvature of the loss along the update"),
-        Score("loss_rise", loss_rise, "predicted rise of the loss, below 0 = it falls", signed=True),
         Score("exchange", exchange, "rise of A's loss per gain of B", signed=True),
     )
 }
 """Every score; the first is the one that is shown first."""
+
+HARM = next(iter(SCORES))
+"""The score that says how much a task is hurt: the only one in units of its loss, and shown first."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from qkov_lightning import HeatmapError, InterferenceHeatmap
-from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair, printable, safe_name
+from qkov_lightning.measure.cells import BlockInfo, Layer, SamplePair
+from qkov_lightning.measure.names import pair_key, pair_label, printable, safe_name
 
 
 def heatmap() -> InterferenceHeatmap:
@@ -37,8 +39,8 @@ def heatmap() -> InterferenceHeatmap:
     return InterferenceHeatmap(
         tasks=("math", "code"),
         layers=layers,
-        scores={"interference": values, "relative": values * 2},
-        standard_errors={"interference": values / 10, "relative": values / 7},
+        scores={"loss_rise": values - 0.3, "interference": values, "relative": values * 2},
+        standard_errors={"loss_rise": values / 9, "interference": values / 10, "relative": values / 7},
         num_samples=torch.full((2, 2, 4, 4), 17.0, dtype=torch.float64),
         step=120,
         epoch=3,
@@ -108,21 +110,21 @@ def test_cells_come_hottest_first_and_only_with_data() -> None:
     assert len(cells) == 2 * (4 + 4) + 2 + 2 * 2
 
 
-def test_of_many_task_pairs_the_hottest_twelve_are_shown() -> None:
+def test_of_many_task_pairs_the_first_twelve_of_the_verdict_are_shown() -> None:
     original = heatmap()
-    assert original.shown_pairs == original.task_pairs
+    assert set(original.shown_pairs) == set(original.task_pairs)
     tasks = tuple(f"task-{index}" for index in range(6))
     values = torch.rand(6, 6, 2, 4, 4, dtype=torch.float64)
     values[5, 2, 1, 3, 0] = 7.0
     many = dataclasses.replace(
         original,
         tasks=tasks,
-        scores={"interference": values},
-        standard_errors={},
-        num_samples=torch.ones(6, 2, 4, 4),
+        scores={"interference": values, "loss_rise": values},
+        standard_errors={"loss_rise": 0.5 + 0 * values},
+        num_samples=9 * torch.ones(6, 2, 4, 4),
     )
     assert len(many.shown_pairs) == 12
-    assert ("task-5", "task-2") in many.shown_pairs
+    assert many.shown_pairs[0] == ("task-5", "task-2")
 
 
 def test_a_sample_pair_reads_as_a_sentence() -> None:
@@ -132,7 +134,9 @@ def test_a_sample_pair_reads_as_a_sentence() -> None:
 def test_a_task_never_seen_is_refused() -> None:
     with pytest.raises(ValueError, match="Task 'poetry' was never seen; this heatmap has 'math', 'code'"):
         heatmap().summary("math", "poetry")
-    with pytest.raises(ValueError, match="Unknown score 'x'; this heatmap has interference, relative"):
+    with pytest.raises(
+        ValueError, match="Unknown score 'x'; this heatmap has loss_rise, interference, relative"
+    ):
         heatmap().values("math", "code", "x")
 
 
@@ -145,7 +149,7 @@ def test_a_task_never_seen_is_refused() -> None:
         ('{"schema": 2}', "not an interference heatmap: KeyError"),
         (
             '{"schema": 2, "scores": {"heat": []}}',
-            "unknown score 'heat'; this version knows interference, relative, cosine, conflict, forgetting",
+            "unknown score 'heat'; this version knows loss_rise, relative, cosine, conflict, interference, forgetting",
         ),
     ],
 )
@@ -169,3 +173,54 @@ def test_any_task_name_makes_a_safe_and_distinct_file_name(name: str) -> None:
 
 def test_control_characters_never_reach_the_terminal() -> None:
     assert "\x1b" not in printable("\x1b[31mred\r")
+
+
+def test_in_a_notebook_it_shows_the_answer_and_the_overview_and_elsewhere_one_line() -> None:
+    original = heatmap()
+    assert len(repr(original)) < 120
+    for task in original.tasks:
+        assert repr(task) in repr(original)
+    shown = original._repr_html_()
+    assert "data:image/png;base64," in shown
+    assert "of" in shown.partition("<img")[0]
+    assert len(repr(original.verdict)) < 2000
+
+
+def test_a_pair_of_tasks_is_its_verdict() -> None:
+    original = heatmap()
+    assert original["math", "code"] == original.verdict.pair("math", "code")
+    control = original["math", "math"]
+    assert (control.task_a, control.task_b) == ("math", "math")
+    assert {cell.name for cell in control.cells} == {
+        cell.name for cell in original.cells("math", "math", "loss_rise")
+    }
+    with pytest.raises(KeyError, match="poetry <- math: this heatmap has"):
+        original["poetry", "math"]
+
+
+def test_it_plots_all_pairs_or_one_and_refuses_half_a_pair() -> None:
+    original = heatmap()
+    assert len(original.plot().axes[0].texts) == len(original.task_pairs)
+    assert original.plot("math", "code", "relative")._repr_png_().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="expected both tasks of a pair, or nothing"):
+        original.plot("math")
+
+
+def test_a_frame_has_a_row_for_every_cell_pair_and_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pandas")
+    original = heatmap()
+    frame = original.to_frame()
+    for a in original.tasks:
+        for b in original.tasks:
+            for score in original.scores:
+                own = frame[(frame.task_a == a) & (frame.task_b == b) & (frame.score == score)]
+                assert sorted(own.value) == sorted(cell.value for cell in original.cells(a, b, score))
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ModuleNotFoundError, match=r"to_frame needs pandas.*pip install pandas"):
+        original.to_frame()
+
+
+def test_task_names_that_read_badly_in_a_sentence_are_quoted() -> None:
+    assert pair_label("math", "word problems") == 'math <- "word problems"'
+    assert pair_label("0", "résumé-v1.2") == '"0" <- résumé-v1.2'
+    assert pair_key("math", "word problems").startswith("math__word_problems-")

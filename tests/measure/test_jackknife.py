@@ -8,7 +8,8 @@ import torch
 from qkov_lightning import GradientCache, Projection, contiguous_heads, head_interference
 from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.samples import Samples
-from qkov_lightning.measure.jackknife import jackknife_error, jackknife_replicates
+from qkov_lightning.measure.certainty import jackknife_error
+from qkov_lightning.measure.jackknife import jackknife_replicates
 from qkov_lightning.scores.scores import SCORES
 
 TASKS = ["code", "math", "code", "math", "math", "code", "code", "math", "math", "code", "code", "math"]

@@ -24,7 +24,7 @@ from qkov_lightning import (
 )
 from qkov_lightning.capture.rehearsal import _fixed_randomness
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.jackknife import jackknife_error
+from qkov_lightning.measure.certainty import jackknife_error
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

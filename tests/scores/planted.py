@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from qkov_lightning import find_projections, head_interference
+from qkov_lightning import HeadInterference, InterferenceHeatmap, ScoreSettings, find_projections
+from qkov_lightning.measure.cells import BlockInfo, Layer
+from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.updates import UpdateDirection
 
 WIDTH, HEADS, LAYERS, TOKENS = 12, 3, 2, 6
@@ -58,7 +60,9 @@ STEP_SIZE: dict[UpdateDirection, float] = {"adam": 0.1, "sgd": 1e-3}
 """Large enough that the curvature counts: A has converged, and its mean gradient is noise."""
 
 
-def plant(seed: int, update: UpdateDirection = "adam") -> tuple[str, dict[str, float]]:
+def plant(
+    seed: int, update: UpdateDirection = "adam", conflict: bool = True, num_samples: int = 96
+) -> tuple[str, InterferenceHeatmap]:
     """A model with a conflict in one cell, drawn at random.
 
     The cell is divided, and what multiplies it inside its head multiplied, by the same number: the model
@@ -69,9 +73,11 @@ def plant(seed: int, update: UpdateDirection = "adam") -> tuple[str, dict[str, f
     Args:
         seed: Of everything.
         update: Direction in which B updates.
+        conflict: False leaves task B the targets of the model itself.
+        num_samples: Samples of each task.
 
     Returns:
-        Name of the cell, and the loss rise of A that is predicted for every cell.
+        Name of the cell, and a heatmap of what B does to A.
     """
     torch.manual_seed(seed)
     model = Regressor()
@@ -88,10 +94,12 @@ def plant(seed: int, update: UpdateDirection = "adam") -> tuple[str, dict[str, f
     getattr(attention, PARTNER[projection.block]).weight.data[partner_at] *= GAIN
     other = copy.deepcopy(model)
     weight = other.get_submodule(projection.module_name).weight.data
-    weight[at] += torch.randn_like(weight[at]) * weight[at].std()
-    inputs = torch.randn(2 * 96, TOKENS, WIDTH)
+    changed = torch.randn_like(weight[at]) * weight[at].std()
+    if conflict:
+        weight[at] += changed
+    inputs = torch.randn(2 * num_samples, TOKENS, WIDTH)
     with torch.no_grad():
-        targets = torch.cat([model(inputs[:96]), other(inputs[96:])])
+        targets = torch.cat([model(inputs[:num_samples]), other(inputs[num_samples:])])
     targets += 0.05 * torch.randn_like(targets)
     weights = {name: value.detach() for name, value in model.named_parameters()}
 
@@ -99,22 +107,31 @@ def plant(seed: int, update: UpdateDirection = "adam") -> tuple[str, dict[str, f
         return (functional_call(model, own, (x[None],)) - y[None]).square().mean() / (2 * 0.05**2)
 
     gradients = vmap(grad(loss), (None, 0, 0))(weights, inputs, targets)
-    names = ["a"] * 96 + ["b"] * 96
-    predicted = {}
+    metric = HeadInterference(
+        ["a", "b"], LAYERS, HEADS, settings=ScoreSettings(update=update, step_size=STEP_SIZE[update])
+    )
+    layers = [Layer(f"layers.{index}", {}) for index in range(LAYERS)]
     for one in projections:
         dense = gradients[f"{one.module_name}.weight"]
         dense = dense.transpose(1, 2) if one.block == "O" else dense
         samples = dense.unflatten(1, (HEADS, -1)).flatten(2)
         fisher = samples.square().unflatten(0, (2, -1)).mean(dim=(0, 1))
-        scores = head_interference(samples, names, fisher, update=update, step_size=STEP_SIZE[update])[
-            "a", "b"
-        ]
-        for head_index in range(HEADS):
-            predicted[f"L{one.layer}.H{head_index}.{one.block}"] = float(scores["loss_rise"][head_index])
-    return f"L{projection.layer}.H{head}.{projection.block}", predicted
+        metric.update(
+            samples, ["a"] * num_samples + ["b"] * num_samples, fisher, layer=one.layer, block=one.block
+        )
+        layers[one.layer].blocks[one.block] = BlockInfo(one.module_name, HEADS, 1, "measured")  # type: ignore[index]
+    result = metric.compute()
+    heatmap = InterferenceHeatmap(
+        ("a", "b"),
+        tuple(layers),
+        {score: result[score] for score in SCORES},
+        {score: result[f"{score}_standard_error"] for score in SCORES},
+        result["num_samples"],
+    )
+    return f"L{projection.layer}.H{head}.{projection.block}", heatmap
 
 
 def named_first(seed: int, update: UpdateDirection = "adam") -> bool:
     """Whether the planted cell has the largest predicted rise."""
-    cell, predicted = plant(seed, update)
-    return max(predicted, key=predicted.__getitem__) == cell
+    cell, heatmap = plant(seed, update)
+    return heatmap.cells("a", "b", "loss_rise")[0].name == cell
