@@ -16,11 +16,11 @@ from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.heads.weights import find_weight
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.verdict import HARM, Verdict
+from qkov_lightning.measure.verdict import Verdict
 from qkov_lightning.monitor import InterferenceMonitor
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.scores import HARM, SCORES
 from qkov_lightning.stepping import CELL, StepCallback, nothing_sure, worst_cells
-from qkov_lightning.views.report import find_latest
+from qkov_lightning.views.runs import find_latest
 
 NOTHING_FROZEN = "Nothing is frozen. Measure more samples, or name the cells."
 

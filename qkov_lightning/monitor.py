@@ -5,7 +5,6 @@ Most of the file is the list of arguments, which stays flat for the sake of YAML
 
 from __future__ import annotations
 
-import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,10 +33,12 @@ from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
 from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.run import Storage
-from qkov_lightning.views.loggers import pictures, scalars, send, write_files
+from qkov_lightning.views.bars import print_beside_bar, progress_task
+from qkov_lightning.views.loggers import send, send_scalars
+from qkov_lightning.views.publication import Publication, charts, scalars, write_files
 from qkov_lightning.views.results import Results, is_remote, results_folder
-from qkov_lightning.views.terminal import epoch_table, print_beside_bar, progress_task
-from qkov_lightning.views.watched import stand_in
+from qkov_lightning.views.screen import epoch_lines
+from qkov_lightning.views.watched import stand_in, watched_scalars
 
 
 class InterferenceMonitor(Callback):
@@ -49,8 +50,9 @@ class InterferenceMonitor(Callback):
     (Captured steps of compiled modules run eagerly, with the rounding and the random numbers of eager
     execution.)
 
-    The result goes to ``heatmap``, to scalars (``interference/<a>__<b>/max``, ...), to figures in the
-    loggers, to the terminal, and to ``<run>/interference/latest.json``.
+    The result goes to ``heatmap``, to scalars (``interference/rise``, ``interference/<a>__<b>/rise``, ...,
+    where ``<b>`` pushes on ``<a>``), to figures in the loggers, to the terminal, and to
+    ``<run>/interference/latest.json``.
 
     Args:
         task_of: Batch key (or attribute), or function of the batch, that gives the task of each sample:
@@ -71,10 +73,11 @@ class InterferenceMonitor(Callback):
         every_n_steps: Capture one training batch of every n: the first, then one at random in each n.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
-        storage: "factors" keeps exact gradients; "sampled" keeps them at 512 weights of each head, drawn once
-            per run, with a sampling error that is part of every standard error; "auto" takes sampled storage
-            where the exact gradients of ``max_samples_per_task`` samples of each task would not fit and
-            sampled ones are smaller, and says at the first captured step what it took.
+        storage: "exact" keeps whole gradients, as factors ("factors" says the same); "sampled" keeps them at
+            512 weights of each head, drawn once per run, with a sampling error that is part of every standard
+            error; "auto" takes sampled storage where the exact gradients of ``max_samples_per_task`` samples
+            of each task would not fit and sampled ones are smaller, and says at the first captured step what
+            it took.
         cache_dir: Where the cache goes; in the folder of the results by default. All processes must see it.
         fisher_decay: Decay of the Fisher's EMA per captured step.
         damping: Added to the Fisher, relative to its mean over a slice.
@@ -84,13 +87,16 @@ class InterferenceMonitor(Callback):
         step_size: Length of the step that ``loss_rise`` predicts: the learning rate times the number of
             steps.
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
-        figures: Scores to draw for each task pair after each epoch; all of them by default.
+        figures: Scores to draw for every task pair after each epoch, besides the overview and ``loss_rise``
+            of the five worst pairs.
         projections: Head map; found by ``find_projections`` by default.
         probe: Samples to measure at the current weights, instead of those that training happens to see:
             a DataLoader, or the name of the data module's method that returns one. See
             ``probe_interference``.
         probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without
             it.
+        keep_cache: Leave the cache in place at the end of training. It is removed by default, unless a
+            checkpoint needs it to go on.
         name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
 
     Raises:
@@ -113,17 +119,18 @@ class InterferenceMonitor(Callback):
         every_n_steps: int = 10,
         max_samples_per_task: int = 128,
         max_cache_gb: float = 10.0,
-        storage: Storage = "auto",
+        storage: Storage | Literal["exact"] = "auto",
         cache_dir: str | Path | None = None,
         fisher_decay: float = 0.95,
         damping: float = 1e-3,
         update_direction: Literal["auto", "adam", "sgd", "state"] = "auto",
         step_size: float = STEP_SIZE,
         num_hot_cells: int = 10,
-        figures: Sequence[str] = tuple(SCORES),
+        figures: Sequence[str] = (),
         projections: Sequence[Projection] | None = None,
         probe: str | Probe | None = None,
         probe_loss: Callable[..., Any] | None = None,
+        keep_cache: bool = False,
         name: str = "interference",
     ) -> None:
         unknown = sorted(set(figures) - set(SCORES))
@@ -134,8 +141,8 @@ class InterferenceMonitor(Callback):
             ("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1"),
             ("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2"),
             ("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number"),
-            ("storage", storage, storage in {"auto", "factors", "sampled"}, "auto, factors or sampled"),
-            ("storage", storage, probe is None or storage != "sampled", "auto or factors: a probe measures exact gradients"),
+            ("storage", storage, storage in {"auto", "exact", "factors", "sampled"}, "auto, exact or sampled"),
+            ("storage", storage, probe is None or storage != "sampled", "auto or exact: a probe measures exact gradients"),
             ("update_direction", update_direction, update_direction in directions, "auto, adam, sgd or state"),
             ("update_direction", update_direction, probe is None or update_direction != "state", "auto, adam or sgd with a probe"),
             ("cache_dir", cache_dir, cache_dir is None or not is_remote(cache_dir), "a local folder: files are renamed and mapped"),
@@ -152,7 +159,7 @@ class InterferenceMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.max_samples_per_task = max_samples_per_task
         self.max_cache_gb = max_cache_gb
-        self.storage: Storage = storage
+        self.storage: Storage = "factors" if storage == "exact" else storage
         self.cache_dir = None if cache_dir is None else Path(cache_dir).expanduser()
         self.fisher_decay = fisher_decay
         self.damping = damping
@@ -163,9 +170,10 @@ class InterferenceMonitor(Callback):
         self.projections = projections
         self.probe = probe
         self.probe_loss = probe_loss
+        self.keep_cache = keep_cache
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
-        self._recording = Recording(storage, max_samples_per_task, int(max_cache_gb * 2**30))
+        self._recording = Recording(self.storage, max_samples_per_task, int(max_cache_gb * 2**30))
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Results | None = None
         self._restored: dict[str, Any] | None = None
@@ -277,6 +285,11 @@ class InterferenceMonitor(Callback):
         if self.heatmap is None:
             self._recording.explain_nothing()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remove the cache, unless something needs it."""
+        if not self.keep_cache:
+            self._recording.clear(Processes.of(trainer))
+
     def _measure(self, trainer: Trainer, pl_module: LightningModule, at_the_end: bool = False) -> None:
         processes = Processes.of(trainer)
         if not self._recording.is_ready(processes):
@@ -354,27 +367,29 @@ class InterferenceMonitor(Callback):
     def _publish(
         self, trainer: Trainer, pl_module: LightningModule, heatmap: InterferenceHeatmap, at_the_end: bool
     ) -> None:
-        values = {
-            f"{self.name}/{key}": value for key, value in scalars(heatmap).items() if math.isfinite(value)
-        }
-        if not at_the_end:
+        values = {f"{self.name}/{key}": value for key, value in scalars(heatmap).items()}
+        if not at_the_end:  # Lightning takes no scalars any more
+            # For callbacks alone: the loggers' own get few of them, at the step of the heatmap.
             pl_module.log_dict(
-                values, on_step=False, on_epoch=True, batch_size=1, sync_dist=trainer.world_size > 1
+                values,
+                logger=False,
+                on_step=False,
+                on_epoch=True,
+                batch_size=1,
+                sync_dist=trainer.world_size > 1,
             )
         if not trainer.is_global_zero or self._results is None:
             return
-        images = pictures(heatmap, self.figures)
+        publication = Publication.of(heatmap, self.figures, self.name)
         try:
-            self._results.write(partial(write_files, heatmap, images))
+            self._results.write(partial(write_files, publication))
         except (OSError, ValueError, ImportError) as error:
             warnings.warn(f"The interference heatmap could not be written: {error}", stacklevel=2)
-        # The step that Lightning gives to validation metrics, so that figures and metrics share it.
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if at_the_end:  # Lightning takes no scalars any more
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step)
-        send(trainer.loggers, heatmap, images, step, self._failed_loggers)
-        print_beside_bar(trainer.progress_bar_callback, epoch_table(heatmap))
+        drawn = {*(f"{self.name}/{key}" for key in charts(heatmap)), *watched_scalars(trainer, self.name)}
+        sent = {key: value for key, value in values.items() if key in drawn}
+        send_scalars(trainer.loggers, sent, heatmap.step, self._failed_loggers)
+        send(trainer.loggers, publication, self._failed_loggers)
+        print_beside_bar(trainer.progress_bar_callback, epoch_lines(heatmap, self._results.folder))
 
     @property
     def results(self) -> Path | str | None:

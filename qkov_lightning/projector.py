@@ -28,7 +28,12 @@ from qkov_lightning.measure.subspace import (
     measure_subspace,
 )
 from qkov_lightning.stepping import CELL, StepCallback, nothing_sure, worst_cells
-from qkov_lightning.views.report import find_latest
+from qkov_lightning.views.facets import Scale
+from qkov_lightning.views.figures import cells_figure
+from qkov_lightning.views.loggers import send
+from qkov_lightning.views.page import render
+from qkov_lightning.views.publication import Publication
+from qkov_lightning.views.runs import find_latest
 
 
 class HeadProjector(StepCallback):
@@ -121,6 +126,7 @@ class HeadProjector(StepCallback):
         self._cells: dict[str, list[tuple[Projection, list[int]]]] = {}
         self._held: list[FrozenSlice] = []
         self._by_hand = False
+        self._failed_loggers: set[int] = set()
 
     # When
 
@@ -316,10 +322,24 @@ class HeadProjector(StepCallback):
         if math.isnan(mean):  # nothing moved
             return
         pl_module.log("projector/taken", mean)
+        if trainer.is_global_zero:
+            send(trainer.loggers, self._publication(trainer, taken), self._failed_loggers)
         rank_zero_info(
             f"HeadProjector: {mean:.0%} of the squared steps of epoch {trainer.current_epoch} was taken out (mean over cells; "
             f"{float(taken.nan_to_num(1.0).min()):.0%} to {float(taken.nan_to_num(0.0).max()):.0%})."
         )
+
+    def _publication(self, trainer: Trainer, taken: Float[Tensor, "layer head block"]) -> Publication:
+        """A heatmap of what was taken out of the steps of the epoch."""
+        heads = [
+            max((p.num_heads for p in self._projections if p.block == block), default=1) for block in BLOCKS
+        ]
+        caption = f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+        scale = Scale("magma", 0.0, 1.0, "share of the squared steps")
+        figure = cells_figure(
+            taken.double().numpy(), heads, scale, "Taken out by HeadProjector", f"{scale.meaning} · {caption}"
+        )
+        return Publication("projector", trainer.global_step, caption, {"taken": render(figure)})
 
     # What outlives a run
 

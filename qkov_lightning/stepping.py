@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.verdict import HARM, Verdict, judge
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.measure.verdict import Verdict
+from qkov_lightning.scores.scores import HARM, SCORES
 from qkov_lightning.views.tables import select
 
 CELL = re.compile(r"L(\d+)\.H(\d+)\.([QKVO])")
@@ -90,7 +91,9 @@ def worst_cells(
     """
     modules = {name: one.module_name for one in projections for name in one.cell_names}
     selection = select(heatmap, pair, score)
-    verdict = judge(heatmap, selection.pairs)
+    # Corrected for the cells of all pairs, as everywhere: the same cells are sure in every view.
+    whole = heatmap.verdict
+    verdict = replace(whole, pairs=tuple(heatmap[pair] for pair in selection.pairs))
     harmful = {(cell.task_a, cell.task_b, cell.name) for cell in verdict.harmful}
     worst: dict[str, float] = {}
     for a, b in selection.pairs:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from qkov_lightning import (
     HeadInterference,
+    Publication,
     find_projections,
     head_interference,
     register_logger,
@@ -23,13 +24,13 @@ from qkov_lightning import (
 )
 from qkov_lightning.heads import conventions, placement
 from qkov_lightning.scores import metric, scores
-from qkov_lightning.views.loggers import pictures, send
+from qkov_lightning.views.loggers import send
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "qkov_lightning"
 GUIDE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 RECIPES = dict(re.findall(r"### (Add [\w ]+)\n.*?```python\n(.*?)```", GUIDE, flags=re.DOTALL))
-DOORS = ("monitor", "stepping", "freezer", "projector", "cli")
+DOORS = ("monitor", "stepping", "freezer", "projector", "cli_results", "cli_models", "cli")
 
 
 def diagram_of(text: str) -> str:
@@ -152,6 +153,6 @@ def test_the_recipe_for_a_logger() -> None:
     register_logger("WikiLogger", run("Add a logger")["send_to_wiki"])
     heatmap = make_heatmap()
     failed: set[int] = set()
-    send([WikiLogger()], heatmap, pictures(heatmap, ["relative"]), 0, failed)
+    send([WikiLogger()], Publication.of(heatmap), failed)
     assert not failed
-    assert pages[0] == "relative, code pushes on math, epoch 3, step 120"
+    assert pages[0] == "interference/_overview, epoch 3, step 120"

@@ -8,10 +8,15 @@ from typing import Any
 from matplotlib import colormaps
 
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.cells import printable
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.names import pair_label, printable
+from qkov_lightning.scores.scores import HARM
 from qkov_lightning.views.facets import Scale
-from qkov_lightning.views.figures import NOISE, differs_from_control, missing_cells, num_heads_of, score_scale
+from qkov_lightning.views.figures import marks_legend, missing_cells, num_heads_of, score_scale
+from qkov_lightning.views.marks import marks_of
+
+SIGNS = {1.0: "●", -1.0: "○", 0.0: ""}
+"""Marks of a cell."""
 
 SYMBOLS = {"no data": "line-ne-open", "frozen": "x-thin-open"}
 """Marker of a cell without a value, by reason."""
@@ -30,7 +35,7 @@ def require_plotly() -> Any:
         from plotly import graph_objects, subplots
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "Interactive heatmaps need plotly, which is not installed. Fix: pip install 'qkov-lightning[report]'."
+            "Interactive heatmaps need plotly, which is not installed. Fix: pip install 'plotly>=6'."
         ) from error
     return graph_objects, subplots
 
@@ -47,20 +52,19 @@ def facet_data(heatmap: InterferenceHeatmap, a: str, b: str, score: str) -> list
 
     Args:
         heatmap: The result.
-        a: Task whose sensitivity is measured.
+        a: Task that is hurt.
         b: Task that pushes.
         score: Which score.
 
     Returns:
-        Per block: ``z`` and ``error`` as rows of layers with None for missing, ``text`` with a dot on cells
-            that
-        differ from the within-task control, and ``missing`` as ``x``, ``y`` and ``reason`` lists.
+        Per block: ``z`` and ``error`` as rows of layers with None for missing, ``text`` with the marks, and
+        ``missing`` as ``x``, ``y`` and ``reason`` lists.
 
     Raises:
         ValueError: If the heatmap does not know the task or the score.
     """
     values, errors = heatmap.values(a, b, score), heatmap.errors(a, b, score)
-    marked = differs_from_control(heatmap, a, b, score)
+    marks = marks_of(heatmap, a, b, score)
     result = []
     for block, heads in enumerate(num_heads_of(heatmap)):
         cells = values[:, :heads, block]
@@ -73,7 +77,7 @@ def facet_data(heatmap: InterferenceHeatmap, a: str, b: str, score: str) -> list
         result.append({
             "z": [[_number(value) for value in row] for row in cells.tolist()],
             "error": [[_number(value) for value in row] for row in errors[:, :heads, block].tolist()],
-            "text": [["●" if mark else "" for mark in row] for row in marked[:, :heads, block].tolist()],
+            "text": [[SIGNS[mark] for mark in row] for row in marks[:, :heads, block].tolist()],
             "missing": missing,
         })
     return result
@@ -84,7 +88,7 @@ def interactive_heatmap(heatmap: InterferenceHeatmap, a: str, b: str) -> Any:
 
     Args:
         heatmap: The result to draw.
-        a: Task whose sensitivity is measured.
+        a: Task that is hurt.
         b: Task that pushes.
 
     Returns:
@@ -99,8 +103,9 @@ def interactive_heatmap(heatmap: InterferenceHeatmap, a: str, b: str) -> Any:
     figure = subplots.make_subplots(
         1, 4, shared_yaxes=True, column_widths=heads, horizontal_spacing=0.02, subplot_titles=BLOCKS
     )
-    views = {score: facet_data(heatmap, a, b, score) for score in heatmap.scores}
-    first = next(iter(views))
+    scores = [HARM, *(score for score in heatmap.scores if score != HARM)]
+    views = {score: facet_data(heatmap, a, b, score) for score in scores}
+    first = scores[0]
     for column, facet in enumerate(views[first], start=1):
         figure.add_trace(
             graph.Heatmap(
@@ -139,8 +144,8 @@ def interactive_heatmap(heatmap: InterferenceHeatmap, a: str, b: str) -> Any:
         for score, view in views.items()
     ]  # fmt: skip
     figure.update_layout(
-        title={"text": f"{plain(b)} pushes on {plain(a)}<br><sub>epoch {heatmap.epoch}, step {heatmap.step} · "
-               f"● differs from {plain(a)} on itself by > {NOISE:g} standard errors</sub>"},
+        title={"text": f"{plain(pair_label(a, b))}<br><sub>epoch {heatmap.epoch}, step {heatmap.step} · "
+               f"{plain(marks_legend(first).partition('    //')[0])}</sub>"},
         coloraxis=colour_axis(score_scale(heatmap, first)),
         plot_bgcolor="white",
         height=max(380, min(1400, 180 + 22 * heatmap.num_layers)),

@@ -1,157 +1,101 @@
-"""What a heatmap becomes: scalars, pictures, files, and what the trainer's loggers show."""
+"""How the loggers of a trainer get pictures and tables, each in its own way."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
-from qkov_lightning.measure.cells import safe_name
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.scores.scores import SCORES
-from qkov_lightning.views.figures import heatmap_figure, render, save_image
+from qkov_lightning.measure.names import pair_key
+from qkov_lightning.views.answer import answer
 from qkov_lightning.views.interactive import interactive_heatmap
-from qkov_lightning.views.tables import COLUMNS, cell_rows, select, to_csv, write_tables
+from qkov_lightning.views.publication import MAX_DRAWN, Publication
+from qkov_lightning.views.tables import COLUMNS, cell_rows, select, to_csv
 from qkov_lightning.views.terminal import markdown_table
 
-Images = dict[tuple[str, str, str], np.ndarray]
-"""Pictures by (task_a, task_b, score), uint8 ``[height, width, 3]``."""
-
-Sender = Callable[[Any, InterferenceHeatmap, Images, int], None]
-"""What is called with the logger, the result, its pictures and the step of the trainer's own metrics."""
+Sender = Callable[[Any, Publication], None]
+"""What is called with the logger and what it is to show."""
 
 
 def register_logger(class_name: str, sender: Sender) -> None:
     """Teach the monitor to send pictures and tables to a logger of your own.
 
-    Scalars need no sender: they reach every logger through Lightning.
+    Scalars need no sender: every logger takes them.
 
     Args:
         class_name: Name of the logger's class, or of one that it inherits from.
-        sender: Sends one heatmap. An exception becomes one warning per logger; training goes on.
+        sender: Sends one publication. An exception becomes one warning per logger; training goes on.
 
     Example:
-        >>> def send_to_wiki(logger, heatmap, images, step):
-        ...     for (a, b, score), image in images.items():
-        ...         logger.upload(f"{score} of {a} and {b}, {caption(heatmap)}", image)
+        >>> def send_to_wiki(logger, publication):
+        ...     for tag, image in publication.tagged():
+        ...         logger.upload(f"{tag}, {publication.caption}", image)
         >>> register_logger("WikiLogger", send_to_wiki)
     """
     _SENDERS[class_name] = sender
 
 
-def caption(heatmap: InterferenceHeatmap) -> str:
-    """When a picture was taken: the loggers' own counters may mean something else."""
-    return f"epoch {heatmap.epoch}, step {heatmap.step}"
-
-
-def scalars(heatmap: InterferenceHeatmap) -> dict[str, float]:
-    """A handful of numbers per task pair, and one over all pairs, to stop or checkpoint on."""
-    result: dict[str, float] = {}
-    first = next(iter(heatmap.scores))
-    for a, b in heatmap.task_pairs:
-        key = f"{safe_name(a)}__{safe_name(b)}"
-        result[f"{key}/mean"] = float(heatmap.values(a, b).nanmean())
-        for score in heatmap.scores:
-            values, prefix = heatmap.values(a, b, score), "" if score == first else f"{score}_"
-            if SCORES[score].falling:
-                result[f"{key}/{prefix}min"] = -float(_largest(-values))
-            else:
-                result[f"{key}/{prefix}max"] = float(_largest(values))
-    result["max"] = max((value for key, value in result.items() if key.endswith("/max")), default=math.nan)
-    return result
-
-
-def _largest(values: torch.Tensor) -> torch.Tensor:
-    return values.nan_to_num(nan=-math.inf).max()
-
-
-def pictures(heatmap: InterferenceHeatmap, scores: Sequence[str]) -> Images:
-    """A picture of each of the scores for the pairs that are shown."""
-    return {
-        (a, b, score): render(heatmap_figure(heatmap, a, b, score))
-        for a, b in heatmap.shown_pairs
-        for score in scores
-    }
-
-
-def write_files(heatmap: InterferenceHeatmap, images: Images, directory: Path) -> None:
-    """The heatmap, its tables and its pictures in the folder of a run.
-
-    Raises:
-        OSError: If the disk refuses.
-    """
-    heatmap.save(directory / "snapshots" / f"step_{heatmap.step:08d}.json")
-    heatmap.save(directory / "latest.json")
-    write_tables(heatmap, directory)
-    for (a, b, score), image in images.items():
-        save_image(image, directory / "figures" / f"{score}_{safe_name(a)}__{safe_name(b)}.png")
-
-
-def _tensorboard(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:
+def _tensorboard(logger: Any, publication: Publication) -> None:
     # TensorBoard's images have no caption: epoch and step are in the picture's title.
-    for (a, b, score), image in images.items():
-        logger.experiment.add_image(
-            f"interference_{score}/{safe_name(a)}__{safe_name(b)}", image, step, dataformats="HWC"
-        )
-    for a, b in heatmap.shown_pairs:
-        text = f"**{b} pushes on {a}** ({caption(heatmap)})\n\n{markdown_table(heatmap, a, b, select(heatmap, top=10))}"
-        logger.experiment.add_text(f"hottest_cells/{safe_name(a)}__{safe_name(b)}", text, step)
+    for tag, image in publication.tagged():
+        logger.experiment.add_image(tag, image, publication.step, dataformats="HWC")
+    if publication.heatmap is not None:
+        text = _markdown(publication.heatmap)
+        logger.experiment.add_text(f"{publication.name}/verdict", text, publication.step)
 
 
-def _wandb(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:
+def _wandb(logger: Any, publication: Publication) -> None:
     import wandb
 
     # Without `step=`: W&B silently drops what comes with a step below its own counter.
-    logger.log_metrics(
-        {
-            f"interference_{score}/{safe_name(a)}__{safe_name(b)}": wandb.Image(
-                image, caption=f"{score}: {b} pushes on {a}, {caption(heatmap)}"
-            )
-            for (a, b, score), image in images.items()
-        },
-        step,
-    )
+    step, heatmap = publication.step, publication.heatmap
+    images = {tag: wandb.Image(image, caption=publication.caption) for tag, image in publication.tagged()}
+    logger.log_metrics(images, step)
+    if heatmap is None:
+        return
     rows = [list(row) for row in cell_rows(heatmap)]
-    logger.log_metrics({"interference/cells": wandb.Table(columns=list(COLUMNS), data=rows)}, step)
-    logger.log_metrics(
-        {
-            f"interference_interactive/{safe_name(a)}__{safe_name(b)}": wandb.Plotly(
-                interactive_heatmap(heatmap, a, b)
-            )
-            for a, b in heatmap.shown_pairs
-        },
-        step,
-    )
+    logger.log_metrics({f"{publication.name}/cells": wandb.Table(columns=list(COLUMNS), data=rows)}, step)
+    figures = {
+        f"{publication.name}/interactive/{pair_key(a, b)}": wandb.Plotly(interactive_heatmap(heatmap, a, b))
+        for a, b in heatmap.shown_pairs[:MAX_DRAWN]
+    }
+    logger.log_metrics(figures, step)
 
 
-def _mlflow(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:  # noqa: ARG001
-    client, run = logger.experiment, logger.run_id
+def _mlflow(logger: Any, publication: Publication) -> None:
+    client, run, heatmap = logger.experiment, logger.run_id, publication.heatmap
     # MLflow's artifacts have no caption: the folder says when.
-    folder = f"interference/epoch_{heatmap.epoch:04d}_step_{heatmap.step:08d}"
-    for (a, b, score), image in images.items():
-        client.log_image(run, image, f"{folder}/{score}_{safe_name(a)}__{safe_name(b)}.png")
+    when = publication.caption.replace(", ", "_").replace(" ", "_")
+    folder = f"{publication.name}/{when}"
+    for name, image in publication.files():
+        client.log_image(run, image, f"{folder}/{name}")
+    if heatmap is None:
+        return
     client.log_text(run, to_csv(COLUMNS, cell_rows(heatmap)), f"{folder}/cells.csv")
-    for a, b in heatmap.shown_pairs:
-        figure = interactive_heatmap(heatmap, a, b)
-        client.log_figure(run, figure, f"{folder}/{safe_name(a)}__{safe_name(b)}.html")
+    for a, b in heatmap.shown_pairs[:MAX_DRAWN]:
+        client.log_figure(run, interactive_heatmap(heatmap, a, b), f"{folder}/{pair_key(a, b)}.html")
 
 
-def _comet(logger: Any, heatmap: InterferenceHeatmap, images: Images, step: int) -> None:
+def _comet(logger: Any, publication: Publication) -> None:
     from PIL import Image
 
-    for (a, b, score), image in images.items():
-        name = f"{score}: {b} pushes on {a}, {caption(heatmap)}"
+    for tag, image in publication.tagged():
         # Comet rescales arrays, which overflows in uint8, and only logs the error.
-        logger.experiment.log_image(Image.fromarray(image), name=name, step=step)
-    rows = [list(row) for row in cell_rows(heatmap)]
-    logger.experiment.log_table(
-        f"interference_cells_step_{heatmap.step:08d}.csv", tabular_data=rows, headers=list(COLUMNS)
-    )
+        name = f"{tag}, {publication.caption}"
+        logger.experiment.log_image(Image.fromarray(image), name=name, step=publication.step)
+    if publication.heatmap is not None:
+        rows = [list(row) for row in cell_rows(publication.heatmap)]
+        name = f"{publication.name}_cells_step_{publication.step:08d}.csv"
+        logger.experiment.log_table(name, tabular_data=rows, headers=list(COLUMNS))
+
+
+def _markdown(heatmap: InterferenceHeatmap) -> str:
+    """The verdict, and the worst cells of the worst pair."""
+    lines = [f"- {line}" for line in answer(heatmap)]
+    a, b = heatmap.shown_pairs[0]
+    return "\n".join([*lines, "", markdown_table(heatmap, a, b, select(heatmap, top=10))])
 
 
 # By class name: `lightning` and `pytorch_lightning` have different classes of the same name.
@@ -163,33 +107,38 @@ _SENDERS: dict[str, Sender] = {
 }
 
 
-def send(
-    loggers: Iterable[Any], heatmap: InterferenceHeatmap, images: Images, step: int, failed: set[int]
-) -> None:
+def send_scalars(loggers: Iterable[Any], values: Mapping[str, float], step: int, failed: set[int]) -> None:
+    """Send numbers to every logger, as ``send`` sends pictures."""
+    for position, logger in enumerate(loggers):
+        _try(partial(logger.log_metrics, dict(values), step), logger, position, failed)
+
+
+def send(loggers: Iterable[Any], publication: Publication, failed: set[int]) -> None:
     """Send pictures and tables to every logger that can show them.
 
     Args:
-        loggers: The trainer's loggers; scalars reach them through Lightning itself.
-        heatmap: The result.
-        images: Its pictures.
-        step: Step that the trainer's own metrics carry at this moment.
+        loggers: The trainer's loggers.
+        publication: What to show.
         failed: Positions of the loggers that were warned about; those that fail now are added.
 
-    Warns: UserWarning: The first time that a logger fails; training goes on, and the next heatmap is tried
-        again.
+    Warns: UserWarning: The first time that a logger fails; training goes on, and the next publication is
+        tried again.
     """
     for position, logger in enumerate(loggers):
         sender = next(
             (_SENDERS[cls.__name__] for cls in type(logger).__mro__ if cls.__name__ in _SENDERS), None
         )
-        if sender is None:
-            continue
-        try:
-            sender(logger, heatmap, images, step)
-        except Exception as error:
-            if position not in failed:
-                failed.add(position)
-                warnings.warn(
-                    f"{type(logger).__name__} did not take the interference heatmap: {type(error).__name__}: {error}",
-                    stacklevel=2,
-                )
+        if sender is not None:
+            _try(partial(sender, logger, publication), logger, position, failed)
+
+
+def _try(action: Callable[[], Any], logger: Any, position: int, failed: set[int]) -> None:
+    try:
+        action()
+    except Exception as error:
+        if position not in failed:
+            failed.add(position)
+            warnings.warn(
+                f"{type(logger).__name__} did not take the interference heatmap: {type(error).__name__}: {error}",
+                stacklevel=4,
+            )

@@ -4,99 +4,38 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from qkov_lightning.measure.cells import printable
+from qkov_lightning.heads.projections import BLOCKS
+from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.measure.names import pair_label, printable, readable
+from qkov_lightning.measure.verdict import Verdict
+from qkov_lightning.scores.scores import HARM, SCORES
 from qkov_lightning.store.files import whole_file
-from qkov_lightning.views.figures import NOISE, num_heads_of, score_scale
-from qkov_lightning.views.interactive import colour_axis, facet_data, interactive_heatmap, require_plotly
-from qkov_lightning.views.tables import SelectionError
+from qkov_lightning.views.answer import (
+    direction,
+    headline,
+    plus_minus,
+    predicted_rise,
+    roles,
+    sufficiency,
+    verb,
+)
+from qkov_lightning.views.facets import Scale
+from qkov_lightning.views.figures import num_heads_of, score_scale
+from qkov_lightning.views.interactive import colour_steps, facet_data, require_plotly
+from qkov_lightning.views.marks import meaning_of_marks
+from qkov_lightning.views.runs import RunHistory
+from qkov_lightning.views.terminal import sample_names
 
 MAX_NUMBERS = 3_000_000
 """Numbers in one page, about 25 MB: beyond, snapshots are left out evenly, and the page says so."""
 
-
-@dataclass(frozen=True, eq=False)
-class RunHistory:
-    """The heatmaps of one run.
-
-    Attributes:
-        name: What the page calls the run.
-        heatmaps: Oldest first, at least one.
-    """
-
-    name: str
-    heatmaps: tuple[InterferenceHeatmap, ...]
-
-
-def find_latest(run: Path) -> Path:
-    """The heatmap file of a run.
-
-    Args:
-        run: A heatmap file, or a folder with a ``latest.json`` somewhere below (the newest is taken).
-
-    Returns:
-        Its path.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    if run.is_file():
-        return run
-    found = sorted(run.rglob("latest.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(
-            f"No heatmap at {run}: expected a heatmap file, or a folder with a `latest.json` below."
-        )
-    return found[-1]
-
-
-def find_step(run: Path, step: int) -> Path:
-    """The snapshot of a run at a step.
-
-    Args:
-        run: As for ``find_latest``.
-        step: Optimiser steps done.
-
-    Returns:
-        Its path.
-
-    Raises:
-        FileNotFoundError: If there is no heatmap.
-        SelectionError: If there is none of that step.
-    """
-    folder = find_latest(run).parent / "snapshots"
-    path = folder / f"step_{step:08d}.json"
-    if not path.is_file():
-        steps = ", ".join(
-            str(int(found.stem.removeprefix("step_"))) for found in sorted(folder.glob("step_*.json"))
-        )
-        raise SelectionError(f"No snapshot of step {step} in {folder}; there are {steps or 'none'}.")
-    return path
-
-
-def load_history(run: Path) -> RunHistory:
-    """Every snapshot of a run; a single file is a history of one.
-
-    Args:
-        run: As for ``find_latest``.
-
-    Returns:
-        The history.
-
-    Raises:
-        FileNotFoundError: If there is no heatmap.
-        HeatmapError: If a file is no heatmap.
-    """
-    latest = find_latest(run)
-    snapshots = sorted((latest.parent / "snapshots").glob("step_*.json")) if latest != run else []
-    heatmaps = [InterferenceHeatmap.load(path) for path in snapshots or [latest]]
-    return RunHistory(str(run), tuple(heatmaps))
+MAX_WORST = 8
+MAX_TEXT = 120
 
 
 def write_report(histories: Sequence[RunHistory], path: Path) -> None:
@@ -111,27 +50,25 @@ def write_report(histories: Sequence[RunHistory], path: Path) -> None:
         OSError: If the disk refuses.
     """
     require_plotly()
-    first = histories[0].heatmaps[-1]
-    figure = interactive_heatmap(first, *first.task_pairs[0])
-    # Plotly's own export, with its script inside: the page asks for nothing.
-    chart = figure.to_html(include_plotlyjs=True, full_html=False, div_id="heatmap")
+    from plotly.offline import get_plotlyjs
+
     share = MAX_NUMBERS // len(histories)
-    data = {"noise": NOISE, "runs": [_run(history, share) for history in histories]}
+    data = {
+        "harm": HARM,
+        "rising": colour_steps(Scale("RdBu_r", -1.0, 1.0, "")),
+        "falling": colour_steps(Scale("RdBu", -1.0, 1.0, "")),
+        "runs": [_run(history, share) for history in histories],
+    }
     # "<" could end the script element.
     text = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":")).replace(
         "<", "\\u003c"
     )
-    template = files("qkov_lightning.views").joinpath("report.html").read_text("utf-8")
-    before, between, after = _split(template)
+    page = files("qkov_lightning.views").joinpath("report.html").read_text("utf-8")
+    before, rest = page.split("{{PLOTLY}}")
+    between, after = rest.split("{{DATA}}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
-        temporary.write_text(before + chart + between + text + after, encoding="utf-8")
-
-
-def _split(template: str) -> tuple[str, str, str]:
-    before, rest = template.split("{{FIGURE}}")
-    between, after = rest.split("{{DATA}}")
-    return before, between, after
+        temporary.write_text(before + get_plotlyjs() + between + text + after, encoding="utf-8")
 
 
 def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
@@ -139,68 +76,118 @@ def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
     last = history.heatmaps[-1]
     # A run that was restarted with other tasks or another model is shown from there on.
     same = [h for h in history.heatmaps if _shape(h) == _shape(last)]
-    per_frame = 2 * sum(num_heads_of(last)) * last.num_layers * len(last.task_pairs) * len(last.scores)
+    num_views = len(last.task_pairs) + len(last.tasks)
+    per_frame = 2 * sum(num_heads_of(last)) * last.num_layers * num_views * len(last.scores)
     kept = _thinned(same, max(2, max_numbers // per_frame))
-    scales = {score: score_scale(last, score) for score in last.scores}
     heads = num_heads_of(last)
+    # The same order in every frame: that of the last verdict.
+    pairs = [(pair.task_a, pair.task_b) for pair in last.verdict.pairs]
+    scores = [HARM, *(score for score in last.scores if score != HARM)]
+    samples = ", ".join(f"{readable(task)} {count}" for task, count in last.samples_per_task.items())
     facts = {
         "heatmaps": f"{len(kept)} of {len(history.heatmaps)}",
-        "tasks": ", ".join(printable(task) for task in last.tasks),
-        "samples per task": ", ".join(f"{printable(t)} {n}" for t, n in last.samples_per_task.items()),
+        "tasks": printable(", ".join(map(readable, last.tasks))),
+        "samples per task": printable(samples),
         "attention layers": str(last.num_layers),
         "heads (Q, K, V, O)": ", ".join(map(str, heads)),
         **{name.replace("_", " "): str(value) for name, value in last.notes.items()},
     }
     return {
         "name": history.name,
-        "pairs": [[printable(a), printable(b)] for a, b in last.task_pairs],
-        "scores": list(last.scores),
+        "tasks": [printable(readable(task)) for task in last.tasks],
+        "pairs": [
+            {"a": printable(readable(a)), "b": printable(readable(b)), "label": printable(pair_label(a, b))}
+            for a, b in pairs
+        ],
+        "scores": scores,
         "scales": {
-            score: {"meaning": scale.meaning, "axis": colour_axis(scale), "falling": SCORES[score].falling}
-            for score, scale in scales.items()
+            score: {
+                "meaning": SCORES[score].meaning,
+                "colours": colour_steps(score_scale(last, score)),
+                "falling": SCORES[score].falling,
+                "marks": meaning_of_marks(score),
+            }
+            for score in scores
         },
         "layers": [layer.name for layer in last.layers],
-        "layout": _axes(heads, last.num_layers),
-        "height": max(380, min(1400, 180 + 22 * last.num_layers)),
+        "heads": heads,
         "facts": facts,
-        "frames": [_frame(heatmap) for heatmap in kept],
+        "frames": [_frame(heatmap, pairs, scores) for heatmap in kept],
     }
 
 
-def _axes(heads: Sequence[int], num_layers: int) -> dict[str, Any]:
-    """Axes of one run: runs may differ in heads and layers."""
-    axes: dict[str, Any] = {}
-    start, room = 0.0, 0.94 / sum(heads)
-    for index, count in enumerate(heads):
-        suffix = "" if index == 0 else str(index + 1)
-        axes[f"xaxis{suffix}"] = {
-            "range": [-0.5, count - 0.5],
-            "domain": [start, start + room * count],
-            "dtick": max(1, count // 8),
-        }
-        axes[f"yaxis{suffix}"] = {"range": [num_layers - 0.5, -0.5], "dtick": max(1, num_layers // 14)}
-        start += room * count + 0.02
-    return axes
-
-
-def _frame(heatmap: InterferenceHeatmap) -> dict[str, Any]:
-    scales = {score: score_scale(heatmap, score) for score in heatmap.scores}
+def _frame(
+    heatmap: InterferenceHeatmap, pairs: Sequence[tuple[str, str]], scores: Sequence[str]
+) -> dict[str, Any]:
+    scales = {score: score_scale(heatmap, score) for score in scores}
     return {
         "step": heatmap.step,
         "epoch": heatmap.epoch,
+        "answer": _answer(heatmap.verdict, pairs),
+        "order": [[cell.name for cell in heatmap.verdict.pair(a, b).cells] for a, b in pairs],
         # As in the figures: a score in units is drawn on the scale of its own heatmap, since it falls with
         # the gradients.
         "ranges": {score: [scale.low, scale.high] for score, scale in scales.items()},
-        "views": [
-            {score: facet_data(heatmap, a, b, score) for score in heatmap.scores}
-            for a, b in heatmap.task_pairs
+        "views": [{score: facet_data(heatmap, a, b, score) for score in scores} for a, b in pairs],
+        "controls": [
+            {score: _bare(facet_data(heatmap, task, task, score)) for score in scores}
+            for task in heatmap.tasks
         ],
+        "pairs": [_sample_pair(pair, pairs) for pair in heatmap.pairs],
+    }
+
+
+def _answer(verdict: Verdict, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    worst = verdict.harmful or sorted(
+        (cell for pair in verdict.pairs for cell in pair.undecided), key=lambda cell: -cell.value
+    )
+    cells = []
+    for cell in worst[:MAX_WORST]:
+        pair = verdict.pair(cell.task_a, cell.task_b)
+        does = verb(cell, pair)
+        share = f"hurts, {pair.share(cell):.0%}" if does == "hurts" else does
+        cells.append({
+            "name": cell.name, "pair": pairs.index((cell.task_a, cell.task_b)), "layer": cell.layer,
+            "head": cell.head, "block": BLOCKS.index(cell.block), "verb": does, "what": share,
+            "value": plus_minus(cell.value, cell.standard_error, signed=True),
+        })  # fmt: skip
+    judged = [verdict.pair(a, b) for a, b in pairs]
+    return {
+        "headline": headline(verdict),
+        "roles": roles(verdict),
+        "sufficiency": sufficiency(verdict),
+        "sure": bool(verdict.harmful),
         "pairs": [
-            [printable(pair.task_a), pair.sample_a, printable(pair.task_b), pair.sample_b,
-             f"L{pair.layer}.H{pair.head}.{pair.block}", pair.value]
-            for pair in heatmap.pairs
+            {
+                "rise": predicted_rise(pair),
+                "clear": direction(pair),
+                "hurt": len(pair.harmful),
+                "help": len(pair.helpful),
+                "cells": pair.num_cells,
+            }
+            for pair in judged
         ],
-    }  # fmt: skip
+        "worst": cells,
+    }
+
+
+def _sample_pair(pair: SamplePair, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    a, b = map(printable, sample_names(pair, MAX_TEXT))
+    verb = "is moved" if pair.harm is None else "is hurt" if pair.harm > 0 else "is helped"
+    where = pairs.index((pair.task_a, pair.task_b)) if (pair.task_a, pair.task_b) in pairs else -1
+    return {
+        "pair": where,
+        "a": a,
+        "b": b,
+        "verb": verb,
+        "name": pair.name,
+        "harm": pair.harm,
+        "value": pair.value,
+    }
+
+
+def _bare(facets: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"z": facet["z"], "error": facet["error"]} for facet in facets]
 
 
 def _thinned(heatmaps: Sequence[InterferenceHeatmap], most: int) -> list[InterferenceHeatmap]:

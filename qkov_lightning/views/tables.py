@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.measure.cells import Cell, safe_name
+from qkov_lightning.measure.cells import Cell
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.measure.names import pair_key, pair_label
+from qkov_lightning.scores.scores import HARM, SCORES
 from qkov_lightning.store.files import whole_file
 
 COLUMNS = (
@@ -46,15 +47,19 @@ class Selection:
     top: int | None = None
 
     def cells(self, heatmap: InterferenceHeatmap, a: str, b: str) -> list[Cell]:
-        """Cells of a pair, the ones with most interference first."""
-        cells = [c for c in heatmap.cells(a, b, self.score) if self.block in {None, c.block}]
-        return (cells[::-1] if SCORES[self.score].falling else cells)[: self.top]
+        """Cells of a pair, the ones with most interference first; by harm, in the order of the verdict."""
+        if self.score == HARM and (a, b) in heatmap.task_pairs:
+            cells = list(heatmap.verdict.pair(a, b).cells)
+        else:
+            cells = heatmap.cells(a, b, self.score)
+            cells = cells[::-1] if SCORES[self.score].falling else cells
+        return [cell for cell in cells if self.block in {None, cell.block}][: self.top]
 
 
 def select(
     heatmap: InterferenceHeatmap,
     pair: str | None = None,
-    score: str = "interference",
+    score: str = HARM,
     block: Block | None = None,
     top: int | None = None,
 ) -> Selection:
@@ -62,8 +67,8 @@ def select(
 
     Args:
         heatmap: What to select from.
-        pair: As in the names of scalars and figures, ``<task_a>__<task_b>``; all pairs of different tasks by
-            default.
+        pair: ``<task_a>__<task_b>``, the task that is hurt first, as in the names of scalars and figures; all
+            pairs of different tasks by default, the worst first.
         score: Which score.
         block: The only block.
         top: Most cells per pair.
@@ -77,12 +82,13 @@ def select(
     if score not in heatmap.scores:
         raise SelectionError(f"Unknown score {score!r}; this heatmap has {', '.join(heatmap.scores)}.")
     if pair is None:
-        return Selection(heatmap.task_pairs, score, block, top)
+        pairs = tuple((one.task_a, one.task_b) for one in heatmap.verdict.pairs)
+        return Selection(pairs, score, block, top)
     for a in heatmap.tasks:
         for b in heatmap.tasks:
-            if pair in {f"{a}__{b}", f"{safe_name(a)}__{safe_name(b)}"}:
+            if pair in {f"{a}__{b}", pair_key(a, b), pair_label(a, b)}:
                 return Selection(((a, b),), score, block, top)
-    known = ", ".join(f"{safe_name(a)}__{safe_name(b)}" for a, b in heatmap.task_pairs)
+    known = ", ".join(pair_key(a, b) for a, b in heatmap.task_pairs)
     raise SelectionError(f"Unknown pair {pair!r}; this heatmap has {known}, and each task with itself.")
 
 
@@ -155,7 +161,7 @@ def metrics(heatmap: InterferenceHeatmap) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for a, b in heatmap.task_pairs:
-        pair = result.setdefault(f"{safe_name(a)}__{safe_name(b)}", {})
+        pair = result.setdefault(pair_key(a, b), {})
         for score in heatmap.scores:
             values = heatmap.values(a, b, score)
             known = values[~values.isnan()]

@@ -1,46 +1,108 @@
-"""A heatmap in the terminal, with Rich."""
+"""A heatmap in the terminal, with Rich: panels and tables of the task pairs that were asked for."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import torch
 from matplotlib import colormaps
 from rich.columns import Columns
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from tqdm.auto import tqdm
 
 from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.measure.cells import Cell, printable
+from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.views.facets import Scale
-from qkov_lightning.views.figures import score_scale
-from qkov_lightning.views.tables import Selection, select
+from qkov_lightning.measure.names import pair_label, printable, readable
+from qkov_lightning.measure.verdict import Part
+from qkov_lightning.scores.scores import HARM, SCORES
+from qkov_lightning.views.answer import pair_answer, plus_minus
+from qkov_lightning.views.marks import marks_of, meaning_of_marks
+from qkov_lightning.views.tables import Selection
 
 MAX_COLUMNS = 3
+MAX_TEXT = 40
+"""Characters of a sample's text beside its identifier."""
 
-SHADES = "·░▒▓█"
-"""From the low end of the scale to the high one; a blank is no head at all."""
+NOTHING, SHADES = "·", "░▒▓█"
+"""The four shades are steps of interference, the darkest the strongest; a blank is no head at all."""
+
+SURE = "surely: corrected for the number of cells, one in twenty is expected to be wrong"
+
+HURTS, HELPS = "!+"
+"""Marks beside a shade."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Shades of one panel: each stands for a quarter of the cells that interfere.
+
+    Attributes:
+        score: The score.
+        bounds: Least interference of each shade, in the direction of interference.
+    """
+
+    score: str
+    bounds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: torch.Tensor, score: str) -> Steps:
+        """Steps of the values of a panel; of a score with a sign, of those that interfere."""
+        harm = -values if SCORES[score].falling else values
+        known = harm[~harm.isnan() & ((harm > 0) | (not SCORES[score].signed))].double()
+        if not known.numel():
+            return cls(score, (math.inf,) * len(SHADES))
+        shares = torch.arange(len(SHADES), dtype=torch.float64) / len(SHADES)
+        return cls(score, tuple(known.quantile(shares).tolist()))
+
+    def shade(self, value: float) -> tuple[str, str]:
+        """Character and style of a value."""
+        if math.isnan(value):
+            return "/", "dim"
+        harm = -value if SCORES[self.score].falling else value
+        step = sum(harm >= bound for bound in self.bounds)
+        signed = SCORES[self.score].signed
+        if signed and harm <= 0:
+            return NOTHING, "rgb(67,147,195) on grey11"
+        share = 0.5 + step / 8 if signed else step / len(SHADES)
+        red, green, blue, _ = (
+            round(255 * part) for part in colormaps["RdBu_r" if signed else "magma"](share)
+        )
+        return SHADES[max(1, step) - 1], f"rgb({red},{green},{blue}) on grey11"
+
+    @property
+    def legend(self) -> str:
+        """What the shades stand for."""
+        known = SCORES[self.score]
+        if math.inf in self.bounds:
+            return f"{NOTHING} no cell interferes"
+        sign = -1 if known.falling else 1
+        bounds = ", ".join(
+            f"{shade} {sign * bound:.2g}" for shade, bound in zip(SHADES, self.bounds, strict=True)
+        )
+        side = ("below 0" if known.falling else "above 0") if known.signed else "all"
+        other = f"{NOTHING} the other side of 0   " if known.signed else ""
+        return f"{other}quarters of {side}, from {bounds}"
 
 
 def heatmap_panel(
-    heatmap: InterferenceHeatmap, a: str, b: str, score: str = "interference", block: Block | None = None
+    heatmap: InterferenceHeatmap, a: str, b: str, score: str = HARM, block: Block | None = None
 ) -> Panel:
     """The blocks of a task pair, layers down, heads across; shades tell the values without colour too."""
-    scale = score_scale(heatmap, score)
-    blocks = [_block(heatmap, a, b, score, one, scale) for one in BLOCKS if block in {None, one}]
+    steps = Steps.of(heatmap.values(a, b, score), score)
+    blocks = [_block(heatmap, a, b, steps, one) for one in BLOCKS if block in {None, one}]
     samples = heatmap.samples_per_task
-    title = f"[bold]{_plain(b)}[/] pushes on [bold]{_plain(a)}[/]: {score}"
-    subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {_plain(a)} {samples[a]}, {_plain(b)} {samples[b]}"
+    title = f"[bold]{_plain(pair_label(a, b))}[/]: {score}"
+    counts = ", ".join(f"{_plain(readable(task))} {samples[task]}" for task in dict.fromkeys((a, b)))
+    subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {counts}"
+    up, down = meaning_of_marks(score)
     legend = Text(
-        f"{SHADES} is {scale.low:.3g} to {scale.high:.3g}: {scale.meaning}\n// no data   xx frozen",
+        f"{SCORES[score].meaning}\n{steps.legend}\n{HURTS} {up}   {HELPS} {down}   // no data   xx frozen\n{SURE}",
         style="dim",
     )
     return Panel(
@@ -52,84 +114,96 @@ def heatmap_panel(
     )
 
 
-def hottest_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selection) -> Table:
-    """The hottest selected cells of a task pair, with their scores and standard errors."""
-    table = Table(
-        title=f"Hottest cells: {_plain(b)} pushes on {_plain(a)}", title_justify="left", title_style="bold"
-    )
+def cells_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selection) -> Table:
+    """The selected cells of a task pair, with their scores and standard errors."""
+    title = "Worst cells" if selection.score == HARM else f"First cells by {selection.score}"
+    table = Table(title=f"{title}: {_plain(pair_label(a, b))}", title_justify="left", title_style="bold")
     table.add_column("cell", no_wrap=True)
+    table.add_column("surely", no_wrap=True)
     scores = _tabled(heatmap, selection.score)
     for score in scores:
         table.add_column(score, justify="right", no_wrap=True)
+    sure = marks_of(heatmap, a, b, HARM)
     for cell in selection.cells(heatmap, a, b):
-        table.add_row(cell.name, *_with_errors(heatmap, cell, scores))
+        sign = float(sure[cell.layer, cell.head, BLOCKS.index(cell.block)])
+        word = "hurts" if sign > 0 else "helps" if sign < 0 else ""
+        table.add_row(cell.name, word, *_with_errors(heatmap, cell, scores))
     return table
 
 
 def pairs_table(
     heatmap: InterferenceHeatmap, a: str, b: str, block: Block | None = None, top: int = 3
 ) -> Table:
-    """The strongest sample pairs of a task pair."""
+    """The sample pairs of a task pair that hurt most."""
     pairs = [
         pair for pair in heatmap.pairs if (pair.task_a, pair.task_b) == (a, b) and block in {None, pair.block}
     ]
-    table = Table(title="Sample pairs that conflict most", title_justify="left", title_style="bold")
-    table.add_column(f"{_plain(a)} sample", overflow="fold")
-    table.add_column(f"{_plain(b)} sample", overflow="fold")
+    title = f"Samples of {_plain(readable(b))} that hurt samples of {_plain(readable(a))} most"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(f"{_plain(readable(a))} sample", overflow="fold")
+    table.add_column(f"hurt by {_plain(readable(b))} sample", overflow="fold")
     table.add_column("cell", no_wrap=True)
+    table.add_column("rise", justify="right", no_wrap=True)
     table.add_column("interference", justify="right", no_wrap=True)
     for pair in pairs[:top]:
-        cell = f"L{pair.layer}.H{pair.head}.{pair.block}"
-        table.add_row(_plain(pair.sample_a), _plain(pair.sample_b), cell, f"{pair.value:.3g}")
+        rise = "" if pair.harm is None else f"{pair.harm:+.2g}"
+        table.add_row(*map(_plain, sample_names(pair)), pair.name, rise, f"{pair.value:.3g}")
     return table
 
 
-def overview(heatmap: InterferenceHeatmap, selection: Selection | None = None) -> Group:
-    """Every selected pair: heatmap, hottest cells, sample pairs; then what the layers are called."""
-    if selection is None:
-        selection = select(heatmap, top=10)
+def sample_names(pair: SamplePair, length: int = MAX_TEXT) -> tuple[str, str]:
+    """Both samples of a pair: identifier, and the beginning of the text where texts are kept."""
+
+    def named(name: str, text: str | None) -> str:
+        return name if text is None else f"{name}: {text[:length]}{'…' if len(text) > length else ''}"
+
+    return named(pair.sample_a, pair.text_a), named(pair.sample_b, pair.text_b)
+
+
+def roll_ups(heatmap: InterferenceHeatmap, a: str, b: str, top: int = 10) -> Group:
+    """What heads, layers and blocks come to, for one pair of different tasks."""
+    pair = heatmap.verdict.pair(a, b)
+    tables = [
+        _parts_table("head", pair.heads[:top]),
+        _parts_table("layer", pair.layers[:top]),
+        _parts_table("block", pair.blocks),
+    ]
+    title = Text(f"Predicted rise of the loss: {printable(pair_label(a, b))}", style="bold")
+    return Group(title, Columns(tables, padding=(0, 2)))
+
+
+def _parts_table(name: str, parts: Sequence[Part]) -> Table:
+    table = Table()
+    table.add_column(name, no_wrap=True)
+    table.add_column("rise", justify="right", no_wrap=True)
+    table.add_column("cells", no_wrap=True)
+    for part in parts:
+        cells = f"{part.num_harmful}{HURTS} {part.num_helpful}{HELPS}"
+        table.add_row(part.name, plus_minus(part.rise, part.standard_error, signed=True), cells)
+    return table
+
+
+def details(heatmap: InterferenceHeatmap, selection: Selection) -> Group:
+    """Every selected pair: heatmap, cells, sample pairs; then what the layers are called."""
+    judged = {(pair.task_a, pair.task_b): pair for pair in heatmap.verdict.pairs}
     parts: list[RenderableType] = []
     for a, b in selection.pairs:
+        if (a, b) in judged:
+            parts.append(Text(printable(pair_answer(judged[a, b]))))
         parts += [
             heatmap_panel(heatmap, a, b, selection.score, selection.block),
-            hottest_table(heatmap, a, b, selection),
+            cells_table(heatmap, a, b, selection),
         ]
         pairs = pairs_table(heatmap, a, b, selection.block)
         parts += [pairs, ""] if pairs.row_count else [""]
     names = [printable(layer.name) for layer in heatmap.layers]
-    parts.append(
-        Text(
-            f"L0 is {names[0]}" + (f", L{len(names) - 1} is {names[-1]}" if len(names) > 1 else ""),
-            style="dim",
-        )
-    )
+    last = f", L{len(names) - 1} is {names[-1]}" if len(names) > 1 else ""
+    parts.append(Text(f"L0 is {names[0]}{last}", style="dim"))
     return Group(*parts)
 
 
-def epoch_table(heatmap: InterferenceHeatmap) -> Table:
-    """A line per task pair: what to look at after a validation epoch."""
-    table = Table(
-        title=f"Interference, epoch {heatmap.epoch}, step {heatmap.step}",
-        title_justify="left",
-        title_style="bold",
-    )
-    for column in ("pushes", "on", "hottest cell"):
-        table.add_column(column)
-    scores = _tabled(heatmap)
-    for score in scores:
-        table.add_column(score, justify="right")
-    for a, b in heatmap.shown_pairs:
-        cells = heatmap.cells(a, b)
-        if not cells:
-            counts = heatmap.samples_per_task
-            table.add_row(_plain(b), _plain(a), f"no data ({counts[b]} and {counts[a]} samples)")
-            continue
-        table.add_row(_plain(b), _plain(a), cells[0].name, *_with_errors(heatmap, cells[0], scores))
-    return table
-
-
 def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Selection) -> str:
-    """``hottest_table`` in Markdown."""
+    """``cells_table`` in Markdown, with every score."""
     header = ["cell", "layer", *heatmap.scores]
     rows = [
         [cell.name, f"`{cell.layer_name}`", *_with_errors(heatmap, cell, heatmap.scores)]
@@ -139,9 +213,12 @@ def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Sele
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _tabled(heatmap: InterferenceHeatmap, chosen: str | None = None) -> list[str]:
-    """Scores that have a column in a table of 80 columns: the first three, and the chosen one."""
-    return [name for index, name in enumerate(heatmap.scores) if index < MAX_COLUMNS or name == chosen]
+def _tabled(heatmap: InterferenceHeatmap, chosen: str) -> list[str]:
+    """Scores that have a column in a table of 80 columns: harm, the chosen one, and the next."""
+    names = [HARM, *(name for name in heatmap.scores if name != HARM)]
+    return (
+        names[:MAX_COLUMNS] if chosen in names[:MAX_COLUMNS] else [HARM, chosen, *names[1 : MAX_COLUMNS - 1]]
+    )
 
 
 def _with_errors(heatmap: InterferenceHeatmap, cell: Cell, scores: Iterable[str]) -> Iterator[str]:
@@ -152,24 +229,10 @@ def _with_errors(heatmap: InterferenceHeatmap, cell: Cell, scores: Iterable[str]
         yield plus_minus(value, error)
 
 
-def plus_minus(value: float, error: float) -> str:
-    """A value with its standard error, both to the first digit of the error.
-
-    >>> plus_minus(16.93, 12.4), plus_minus(0.53712, 0.0314)
-    ('17 ± 12', '0.54 ± 0.03')
-    >>> plus_minus(-0.01, 0.3), plus_minus(float("nan"), 1.0)
-    ('0.0 ± 0.3', 'no data')
-    """
-    if math.isnan(value):
-        return "no data"
-    if not error > 0 or not 1e-4 <= abs(value) < 1e5:
-        return f"{value:.3g} ± {error:.1g}"
-    decimals = max(0, -math.floor(math.log10(error)))
-    return f"{round(value, decimals) + 0.0:.{decimals}f} ± {error:.{decimals}f}"  # no minus zero
-
-
-def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Block, scale: Scale) -> Text:
-    values = heatmap.values(a, b, score)[:, :, BLOCKS.index(block)]
+def _block(heatmap: InterferenceHeatmap, a: str, b: str, steps: Steps, block: Block) -> Text:
+    column = BLOCKS.index(block)
+    values = heatmap.values(a, b, steps.score)[:, :, column]
+    marks = marks_of(heatmap, a, b, steps.score)[:, :, column]
     heads = max([1, *(layer.blocks[block].num_heads for layer in heatmap.layers if block in layer.blocks)])
     # Two characters are about as wide as high; with many heads one must do, to fit into 80 columns.
     width = 2 if heads <= 34 else 1
@@ -184,73 +247,14 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, score: str, block: Bloc
             elif info.status == "frozen":
                 text.append("x" * width, style="dim")
             else:
-                character, style = _shade(float(values[index, head]), scale)
-                text.append(character * width, style)
+                shade, style = steps.shade(float(values[index, head]))
+                mark = {1.0: HURTS, -1.0: HELPS}.get(float(marks[index, head]), shade)
+                text.append((shade + mark)[-width:], style)
         text.append("\n")
     text.rstrip()
     return text
 
 
-def _shade(value: float, scale: Scale) -> tuple[str, str]:
-    if math.isnan(value):
-        return "/", "dim"
-    share = min(1.0, max(0.0, (value - scale.low) / (scale.high - scale.low or 1.0)))
-    red, green, blue, _ = (round(255 * part) for part in colormaps[scale.colormap](share))
-    return SHADES[min(4, int(share * 5))], f"rgb({red},{green},{blue}) on grey11"
-
-
 def _plain(name: str) -> str:
-    """A task name that can neither break the line nor be taken for markup."""
+    """A name that can neither break the line nor be taken for markup."""
     return escape(printable(name))
-
-
-def print_beside_bar(bar: Any, renderable: RenderableType) -> None:
-    """Print above the trainer's progress bar; nothing where the user switched the bar off."""
-    if bar is None or not bar.is_enabled:
-        return
-    progress = getattr(bar, "progress", None)
-    if progress is not None:  # RichProgressBar
-        progress.print(renderable)
-        return
-    console = Console(width=None if sys.stdout.isatty() else 100)
-    with console.capture() as captured:
-        console.print(renderable)
-    bar.print(captured.get().rstrip())
-
-
-@contextmanager
-def progress_task(bar: Any, total: int) -> Iterator[Callable[[], None]]:
-    """One task in the trainer's own progress bar; nothing where the user switched the bar off.
-
-    A second bar would draw over the lines of Lightning's.
-
-    Args:
-        bar: The trainer's progress bar callback, or None.
-        total: Number of steps.
-
-    Yields:
-        A function that says that one step is done.
-    """
-    enabled = bar is not None and bar.is_enabled
-    progress = getattr(bar, "progress", None)
-    if enabled and progress is not None:  # RichProgressBar
-        earlier = [task.id for task in progress.tasks if task.description == "Interference"]
-        task = earlier[0] if earlier else progress.add_task("Interference", total=total)
-        progress.reset(task, total=total, visible=True)
-
-        def advance() -> None:
-            progress.update(task, advance=1)
-            bar.refresh()
-
-        try:
-            yield advance
-        finally:
-            # Hidden for the next time, not removed: Lightning 2.4 finds its tasks by their place in the list.
-            progress.update(task, visible=False)
-    elif enabled and hasattr(bar, "init_validation_tqdm"):  # TQDMProgressBar
-        # Below the bars of training and validation.
-        position = 2 * bar.process_position + 2
-        with tqdm(total=total, desc="Interference", position=position, leave=False, file=sys.stdout) as line:
-            yield line.update
-    else:
-        yield lambda: None

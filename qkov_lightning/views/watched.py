@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 
 from qkov_lightning.scores.scores import SCORES
 
-STATISTIC = re.compile(rf"(.+__.+/)?(({'|'.join(SCORES)})_)?(mean|min|max)")
+STATISTIC = re.compile(rf"(.+__.+/)?((({'|'.join(SCORES)})_)?(mean|min|max)|rise)|harmful_cells")
 """Names of the scalars of a heatmap, less the monitor's own name."""
 
 

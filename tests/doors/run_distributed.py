@@ -170,6 +170,7 @@ def fit(
     meddler: Callable[[InterferenceMonitor, Path], Callback] | None = None,
 ) -> None:
     watching = InterferenceMonitor(
+        keep_cache=True,
         every_n_steps=1,
         probe=DataLoader(Samples(8), 4) if probe else None,
         storage="sampled" if sampled else "auto",

@@ -122,10 +122,12 @@ def by_autograd(model: nn.Module, sample: int) -> dict[tuple[int, str], Tensor]:
 def test_head_gradients_of_each_convention_equal_autograd(family: tuple[str, dict[str, Any]]) -> None:
     model = build(family[0], **family[1])
     seen = captured(model)
-    # Gemma normalises in float32 whatever the model is in: a batch of three rounds unlike a batch of one.
-    rtol, atol = (1e-4, 1e-6) if family[0] == "gemma4_text" else (1e-8, 1e-10)
+    # Gemma normalises in float32 whatever the model is in: a batch of three rounds unlike a batch of one, in
+    # proportion to the largest gradient.
+    rounds = family[0] == "gemma4_text"
     for sample in range(3):
         for cell, expected in by_autograd(model, sample).items():
+            rtol, atol = (1e-4, 1e-6 * float(expected.abs().max())) if rounds else (1e-8, 1e-10)
             torch.testing.assert_close(seen[cell][sample], expected, rtol=rtol, atol=atol)
 
 

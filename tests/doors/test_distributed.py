@@ -75,7 +75,11 @@ def assert_same(one: InterferenceHeatmap, two: InterferenceHeatmap) -> None:
         torch.testing.assert_close(
             two.standard_errors[score], one.standard_errors[score], rtol=1e-3, atol=1e-6, equal_nan=True
         )
-    assert {str(pair) for pair in one.pairs[:3]} == {str(pair) for pair in two.pairs[:3]}
+    # A pair and its mirror image hurt alike under SGD: which of them is third is a matter of rounding.
+    first = [
+        {frozenset((pair.sample_a, pair.sample_b, pair.name)) for pair in h.pairs[:3]} for h in (one, two)
+    ]
+    assert first[0] == first[1]
 
 
 def test_two_processes_equal_one_though_each_sees_one_task_only(runs: Runs) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qkov_lightning import HeadInterference, InterferenceHeatmap, InterferenceMonitor
+from qkov_lightning.store.leftovers import MARKER
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*",
@@ -163,15 +164,15 @@ def test_a_directory_of_someone_else_switches_the_monitor_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder of the run exists already, and may be read but not written."""
-    touch = Path.touch
+    write_text = Path.write_text
 
-    def refuse(path: Path, *arguments: Any, **keywords: Any) -> None:
-        if path.name == "shared":
+    def refuse(path: Path, *arguments: Any, **keywords: Any) -> int:
+        if path.name == MARKER:
             raise PermissionError(errno.EACCES, "Permission denied")
-        touch(path, *arguments, **keywords)
+        return write_text(path, *arguments, **keywords)
 
     module = Module()
-    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.warns(UserWarning, match="switched itself off; training goes on.*Permission denied"):
         trainer(tmp_path, InterferenceMonitor(every_n_steps=1)).fit(module, loader(24))
     assert_untouched(module, tmp_path)

@@ -507,7 +507,7 @@ def test_a_weight_norm_and_a_flattened_weight_are_refused() -> None:
         ({"cells": ["L0.H0.X"]}, "'L0.H0.X' is no cell, expected a name such as 'L15.H8.O'"),
         ({"cells": ["L0.H0.Q"], "top": 3}, "top and pair choose from a heatmap"),
         ({"heatmap": "x", "top": 0}, "top is 0, expected at least 1"),
-        ({"heatmap": "x", "top": 1, "score": "heat"}, "score is 'heat', expected one of interference"),
+        ({"heatmap": "x", "top": 1, "score": "heat"}, "score is 'heat', expected one of loss_rise"),
         ({"cells": ["L0.H0.Q"], "start_step": 3, "stop_step": 3}, "start_step is 3 and stop_step 3"),
     ],
 )

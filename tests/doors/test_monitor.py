@@ -172,6 +172,7 @@ def test_scalars_can_stop_training_and_choose_checkpoints(tmp_path: Path) -> Non
     assert names == {
         f"interference/math__code/{name}"
         for name in (
+            "rise",
             "max",
             "mean",
             "relative_max",
@@ -188,18 +189,20 @@ def test_the_csv_logger_gets_the_scalars(tmp_path: Path) -> None:
     fit = trainer(tmp_path, InterferenceMonitor(every_n_steps=1), logger=CSVLogger(tmp_path, name="run"))
     fit.fit(Module(), loader(24), loader(8))
     text = (Path(fit.logger.log_dir) / "metrics.csv").read_text()
-    assert "interference/code__math/max" in text
+    assert "interference/code__math/rise" in text
     assert "nan" not in text.lower()
     assert (Path(fit.logger.log_dir) / "interference" / "latest.json").exists()
 
 
-@pytest.mark.parametrize("scores", [("relative", "loss_rise"), ()])
-def test_only_the_chosen_scores_are_drawn_and_all_are_kept(tmp_path: Path, scores: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("scores", [("relative", "cosine"), ()])
+def test_the_answer_and_the_chosen_scores_are_drawn_and_all_are_kept(
+    tmp_path: Path, scores: tuple[str, ...]
+) -> None:
     monitor = InterferenceMonitor(every_n_steps=1, figures=scores)
     fit = trainer(tmp_path, monitor)
     fit.fit(Module(), loader(24), loader(8))
     drawn = {path.name.split("_math")[0].split("_code")[0] for path in monitor.results.glob("figures/*.png")}
-    assert drawn == set(scores)
+    assert drawn == {"overview.png", "loss_rise", *scores}
     saved = InterferenceHeatmap.load(monitor.results / "latest.json")
     assert set(saved.scores) == set(SCORES)
 
@@ -213,13 +216,16 @@ def test_tensorboard_gets_figures_a_table_and_scalars(tmp_path: Path) -> None:
     events.Reload()
     tags = events.Tags()
     pairs = [f"{a}__{b}" for a, b in monitor.heatmap.task_pairs]
-    assert set(tags["images"]) == {f"interference_{s}/{p}" for p in pairs for s in SCORES}
-    images = events.Images("interference_relative/math__code")
+    own = ["_overview", *(f"pair/loss_rise_{pair}" for pair in pairs)]
+    assert set(tags["images"]) == {f"interference/{tag}" for tag in own}
+    images = events.Images("interference/pair/loss_rise_math__code")
     assert [image.width > 300 and image.height > 150 for image in images] == [True, True]
-    assert [image.step for image in images] == [e.step for e in events.Scalars("interference/math__code/max")]
-    table = events.Tensors("hottest_cells/math__code/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert [image.step for image in images] == [
+        e.step for e in events.Scalars("interference/math__code/rise")
+    ]
+    table = events.Tensors("interference/verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "| cell |" in table
-    assert monitor.heatmap.cells("math", "code")[0].name in table
+    assert monitor.heatmap.verdict.pairs[0].cells[0].name in table
 
 
 def test_sample_pairs_can_be_found_again(tmp_path: Path) -> None:
@@ -428,8 +434,8 @@ def test_two_monitors_work_side_by_side(tmp_path: Path) -> None:
     assert {"interference/max", "parity/max"} <= set(fit.callback_metrics)
 
 
-def test_fitting_again_goes_on_with_the_same_cache(tmp_path: Path) -> None:
-    monitor = InterferenceMonitor(every_n_steps=1)
+def test_fitting_again_goes_on_with_a_cache_that_is_kept(tmp_path: Path) -> None:
+    monitor = InterferenceMonitor(every_n_steps=1, keep_cache=True)
     fit = trainer(tmp_path, monitor)
     module = Module(learning_rate=0.0)
     fit.fit(module, loader(24, ids=False))
@@ -450,7 +456,7 @@ def test_fitting_again_goes_on_with_the_same_cache(tmp_path: Path) -> None:
         ({"num_hot_cells": -1}, "num_hot_cells is -1, expected at least 0"),
         (
             {"figures": ["relativ"]},
-            r"figures is \['relativ'\], expected a list of some of interference, relative, cosine",
+            r"figures is \['relativ'\], expected a list of some of loss_rise, relative, cosine",
         ),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from models import CausalSelfAttention, Classifier, GroupedAttention
 from modules import Module, loader, trainer
 from synthetic import TinyAttention
@@ -30,6 +31,7 @@ from qkov_lightning import (
     find_projections,
     measure_subspace,
 )
+from qkov_lightning.views import loggers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -378,6 +380,25 @@ def test_it_says_how_much_it_took(tmp_path: Path, caplog: pytest.LogCaptureFixtu
             found = projector.taken[projection.layer, head, "QKVO".index(projection.block)]
             assert float(found) == pytest.approx(float(share), rel=1e-4)
     assert fit.callback_metrics["projector/taken"] == pytest.approx(float(projector.taken.nanmean()))
+
+
+def test_loggers_get_a_heatmap_of_what_was_taken_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, tuple[int, ...]]] = []
+
+    class Wiki(CSVLogger):
+        pass
+
+    def send(logger: Any, publication: Any) -> None:
+        assert publication.heatmap is None
+        sent.extend((f"{tag}, {publication.caption}", image.shape) for tag, image in publication.tagged())
+
+    monkeypatch.setattr(loggers, "_SENDERS", {"Wiki": send})
+    fit = trainer(tmp_path, HeadProjector(probe(), rank=3), max_epochs=2, logger=Wiki(tmp_path))
+    fit.fit(Optimised(adamw), loader(4))
+    assert [name for name, _ in sent] == [
+        f"projector/taken, epoch {epoch}, step {epoch + 1}" for epoch in (0, 1)
+    ]
+    assert all(len(shape) == 3 and min(shape[:2]) > 100 for _, shape in sent)
 
 
 class Weights(Callback):

@@ -284,7 +284,7 @@ def test_a_remote_cache_is_refused(tmp_path: Path) -> None:
 
 def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monitor = InterferenceMonitor(every_n_steps=1, cache_dir="~/cache")
+    monitor = InterferenceMonitor(every_n_steps=1, cache_dir="~/cache", keep_cache=True)
     trainer(tmp_path / "runs", monitor).fit(Module(), loader(24))
     assert list((tmp_path / "cache").iterdir())
 

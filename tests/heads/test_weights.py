@@ -64,9 +64,13 @@ def test_rates_are_those_by_which_adam_moved() -> None:
 def test_the_monitor_takes_the_direction_from_the_optimiser_when_asked(tmp_path: Path) -> None:
     """Of the same captured gradients: the scores of one monitor from those of the other, and the rates."""
     module = WithAdam()
-    state = InterferenceMonitor(every_n_steps=1, update_direction="state", step_size=0.1, name="state")
-    adam = InterferenceMonitor(every_n_steps=1, step_size=0.1, name="auto")
-    sgd = InterferenceMonitor(every_n_steps=1, update_direction="sgd", step_size=0.1, name="sgd")
+    state = InterferenceMonitor(
+        every_n_steps=1, update_direction="state", step_size=0.1, keep_cache=True, name="state"
+    )
+    adam = InterferenceMonitor(every_n_steps=1, step_size=0.1, keep_cache=True, name="auto")
+    sgd = InterferenceMonitor(
+        every_n_steps=1, update_direction="sgd", step_size=0.1, keep_cache=True, name="sgd"
+    )
     fit = trainer(tmp_path, state, adam, sgd)
     fit.fit(module, loader(24))
     expected = {}

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from synthetic import make_heatmap, train
 
@@ -21,6 +22,7 @@ from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, register_lo
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.views import loggers
 from qkov_lightning.views.loggers import send
+from qkov_lightning.views.publication import Publication, charts, scalars
 
 # Of the loggers' own clients, not of this package.
 pytestmark = [
@@ -30,6 +32,7 @@ pytestmark = [
 ]
 
 PAIRS = ("code__math", "math__code")
+IMAGES = ("_overview", *(f"pair/loss_rise_{pair}" for pair in PAIRS))
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +70,17 @@ def test_tensorboard_holds_every_figure_at_every_epoch_and_the_hottest_cells(tmp
     trainer = train(monitor(), tmp_path, logger=TensorBoardLogger(tmp_path, name="tb"))
     events = EventAccumulator(trainer.logger.log_dir, size_guidance={"images": 0, "tensors": 0, "scalars": 0})
     events.Reload()
-    assert set(events.Tags()["images"]) == {f"interference_{s}/{p}" for s in SCORES for p in PAIRS}
-    steps = [image.step for image in events.Images("interference_relative/math__code")]
-    assert steps == [scalar.step for scalar in events.Scalars("val_loss")]
-    text = events.Tensors("hottest_cells/math__code/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert "(epoch 1, step 8)" in text
+    # It shows tags in the order of the alphabet: the overview first.
+    assert sorted(events.Tags()["images"]) == [f"interference/{tag}" for tag in IMAGES]
+    assert [image.step for image in events.Images("interference/_overview")] == [4, 8]
+    assert [scalar.step for scalar in events.Scalars("interference/rise")] == [4, 8]
+    text = events.Tensors("interference/verdict/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert "- No cell does sure harm" in text or "surely hurt" in text
     assert "L0.H" in text
-    assert events.Scalars("interference/math__code/max")
+    own = {tag for tag in events.Tags()["scalars"] if tag.startswith("interference/")}
+    assert own == {
+        f"interference/{key}" for key in ("rise", "harmful_cells", "max", *(f"{p}/rise" for p in PAIRS))
+    }
 
 
 def test_wandb_holds_captioned_images_an_interactive_heatmap_and_the_long_table(tmp_path: Path) -> None:
@@ -104,19 +111,17 @@ def test_wandb_holds_captioned_images_an_interactive_heatmap_and_the_long_table(
                 else:
                     row[name] = value
             history.append(row)
-    images = [row for row in history if "interference_cosine/math__code" in row]
-    assert [row["interference_cosine/math__code"]["caption"] for row in images] == [
-        "cosine: code pushes on math, epoch 0, step 4",
-        "cosine: code pushes on math, epoch 1, step 8",
-    ]
-    # The steps that Lightning gives to validation metrics; the TensorBoard test compares with those.
-    assert [row["trainer/global_step"] for row in images] == [3, 7]
+    key = "interference/pair/loss_rise_math__code"
+    images = [row for row in history if key in row]
+    assert [row[key]["caption"] for row in images] == ["epoch 0, step 4", "epoch 1, step 8"]
+    assert [row["trainer/global_step"] for row in images] == [4, 8]
     table = [row["interference/cells"] for row in history if "interference/cells" in row][-1]
     content = json.loads((directory / table["path"]).read_text())
     assert content["columns"][:4] == ["step", "epoch", "task_a", "task_b"]
     assert len(content["data"]) == 4 * len(SCORES) * 2 * 4  # pairs with controls, scores, heads, blocks
-    plot = [row for row in history if "interference_interactive/math__code" in row][-1]
-    figure = json.loads((directory / plot["interference_interactive/math__code"]["path"]).read_text())
+    key = "interference/interactive/math__code"
+    plot = [row for row in history if key in row][-1]
+    figure = json.loads((directory / plot[key]["path"]).read_text())
     assert [trace["name"] for trace in figure["data"] if trace["type"] == "heatmap"] == list("QKVO")
 
 
@@ -129,13 +134,14 @@ def test_mlflow_holds_images_an_interactive_heatmap_and_the_long_table(tmp_path:
     train(watch, tmp_path, logger=logger)
     client = MlflowClient(uri)
     folders = [item.path for item in client.list_artifacts(logger.run_id, "interference")]
-    assert folders == ["interference/epoch_0000_step_00000004", "interference/epoch_0001_step_00000008"]
+    assert folders == ["interference/epoch_0_step_4", "interference/epoch_1_step_8"]
     local = Path(client.download_artifacts(logger.run_id, folders[-1], str(tmp_path)))
     names = {path.name for path in local.iterdir()}
     assert names == {
         "cells.csv",
         *(f"{pair}.html" for pair in PAIRS),
-        *(f"{s}_{p}.png" for s in SCORES for p in PAIRS),
+        "overview.png",
+        *(f"loss_rise_{p}.png" for p in PAIRS),
     }
     rows = list(csv.DictReader((local / "cells.csv").read_text().splitlines()))
     assert {row["step"] for row in rows} == {"8"}
@@ -145,7 +151,7 @@ def test_mlflow_holds_images_an_interactive_heatmap_and_the_long_table(tmp_path:
     assert "Plotly.newPlot" in (local / "math__code.html").read_text()
     with sqlite3.connect(tmp_path / "mlflow.db") as database:
         keys = {key for (key,) in database.execute("select distinct key from metrics")}
-    assert "interference/math__code/max" in keys
+    assert "interference/math__code/rise" in keys
 
 
 def test_comet_holds_named_images_and_the_long_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,12 +172,13 @@ def test_comet_holds_named_images_and_the_long_table(tmp_path: Path, monkeypatch
 
     heatmap = make_heatmap()
     pixels = np.zeros((4, 4, 3), dtype="uint8")
-    send([CometLogger()], heatmap, {("math", "code", "cosine"): pixels}, 119, set())
+    publication = Publication("interference", 120, "epoch 3, step 120", {"_overview": pixels}, heatmap)
+    send([CometLogger()], publication, set())
     experiment.end()
     (archive,) = tmp_path.glob("*.zip")
     with zipfile.ZipFile(archive) as saved:
         messages = saved.read("messages.json").decode()
-        assert "cosine: code pushes on math, epoch 3, step 120" in messages
+        assert "interference/_overview, epoch 3, step 120" in messages
         assert "interference_cells_step_00000120.csv" in messages
 
 
@@ -179,10 +186,8 @@ def test_csv_logger_gets_the_scalars_and_the_files_stand_beside_it(tmp_path: Pat
     watch = monitor()
     trainer = train(watch, tmp_path, logger=CSVLogger(tmp_path, name="csv"))
     rows = list(csv.DictReader((Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()))
-    written = [row["interference/math__code/max"] for row in rows if row["interference/math__code/max"]]
-    assert float(written[-1]) == pytest.approx(
-        float(watch.heatmap.values("math", "code").nan_to_num(0).max()), rel=1e-4
-    )
+    written = [row["interference/math__code/rise"] for row in rows if row["interference/math__code/rise"]]
+    assert float(written[-1]) == pytest.approx(watch.heatmap["math", "code"].rise, rel=1e-4)
     assert watch.results == Path(trainer.logger.log_dir) / "interference"
     assert {"cells.csv", "metrics.json", "latest.json"} <= {path.name for path in watch.results.iterdir()}
 
@@ -197,9 +202,9 @@ def test_several_loggers_at_once_each_get_theirs(tmp_path: Path) -> None:
     train(monitor(), tmp_path, logger=[CSVLogger(tmp_path, name="csv"), board, flow], max_epochs=1)
     events = EventAccumulator(board.log_dir)
     events.Reload()
-    assert len(events.Tags()["images"]) == len(PAIRS) * len(SCORES)
-    assert len(list((tmp_path / "a").rglob("*.png"))) == len(PAIRS) * len(SCORES)
-    assert len(list((tmp_path / "csv").rglob("figures/*.png"))) == len(PAIRS) * len(SCORES)
+    assert len(events.Tags()["images"]) == len(IMAGES)
+    assert len(list((tmp_path / "a").rglob("*.png"))) == len(IMAGES)
+    assert len(list((tmp_path / "csv").rglob("figures/*.png"))) == len(IMAGES)
 
 
 def test_without_a_logger_the_files_are_written(tmp_path: Path) -> None:
@@ -234,8 +239,12 @@ def test_pytorch_lightning_namespace_is_served_too(tmp_path: Path) -> None:
             sent.append(tag)
 
     picture = np.zeros((2, 2, 3), dtype="uint8")
-    send([Board(str(tmp_path))], make_heatmap(), {("math", "code", "cosine"): picture}, 3, set())
-    assert sent[0] == "interference_cosine/math__code"
+    send(
+        [Board(str(tmp_path))],
+        Publication("interference", 3, "", {"_overview": picture}, make_heatmap()),
+        set(),
+    )
+    assert sent == ["interference/_overview", "interference/verdict"]
     assert pl.Trainer is not None
 
 
@@ -261,13 +270,48 @@ def test_a_logger_of_the_users_own_is_served_once_registered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loggers, "_SENDERS", dict(loggers._SENDERS))
-    register_logger("RecordingLogger", lambda logger, *given: logger.received.append(given))
+    register_logger("RecordingLogger", lambda logger, publication: logger.received.append(publication))
     mine = InheritingLogger()
     train(monitor(), tmp_path, logger=mine)
-    assert [heatmap.step for heatmap, _, _ in mine.received] == [4, 8]
-    heatmap, images, step = mine.received[-1]
-    assert set(images) == {(a, b, s) for a, b in heatmap.task_pairs for s in heatmap.scores}
-    assert step == 7  # Lightning gives validation metrics the last step, from 0
+    assert [publication.step for publication in mine.received] == [4, 8]
+    last = mine.received[-1]
+    assert [tag for tag, _ in last.tagged()] == [f"interference/{tag}" for tag in last.images]
+    assert set(last.images) == set(IMAGES)
+    assert last.heatmap.step == 8
+    assert last.caption == "epoch 1, step 8"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "figures", "num_images"),
+    [
+        (3, (), 1 + 5),
+        (8, (), 1 + 5),
+        (3, ("cosine",), 1 + 5 + 6),
+        (8, ("loss_rise", "relative"), 1 + 12 + 12),
+    ],
+)
+def test_few_pictures_are_drawn_unless_more_are_asked_for(
+    tasks: int, figures: tuple[str, ...], num_images: int
+) -> None:
+    heatmap = make_heatmap(tasks=tuple(f"task{index}" for index in range(tasks)))
+    assert len(Publication.of(heatmap, figures).images) == num_images
+    drawn = charts(heatmap)
+    assert len(drawn) <= 10
+    assert set(drawn) <= set(scalars(heatmap))
+
+
+def test_a_scalar_that_a_callback_watches_is_sent_and_the_others_are_known_to_callbacks(
+    tmp_path: Path,
+) -> None:
+    stop = EarlyStopping("interference/math__code/cosine_min", mode="max", patience=5)
+    trainer = train(monitor(), tmp_path, logger=CSVLogger(tmp_path, name="csv"), callbacks=[stop])
+    rows = list(csv.DictReader((Path(trainer.logger.log_dir) / "metrics.csv").read_text().splitlines()))
+    own = {key for key in rows[0] if key.startswith("interference/")}
+    assert own == {
+        f"interference/{key}"
+        for key in ("rise", "harmful_cells", "max", *(f"{p}/rise" for p in PAIRS), "math__code/cosine_min")
+    }
+    assert "interference/code__math/relative_max" in trainer.callback_metrics
 
 
 def test_a_failing_logger_warns_once_and_training_and_the_other_loggers_go_on(
@@ -279,7 +323,7 @@ def test_a_failing_logger_warns_once_and_training_and_the_other_loggers_go_on(
         raise ConnectionError("the server is on holiday")
 
     register_logger("RecordingLogger", refuse)
-    register_logger("InheritingLogger", lambda logger, *given: logger.received.append(given))
+    register_logger("InheritingLogger", lambda logger, publication: logger.received.append(publication))
     after = InheritingLogger()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -296,5 +340,5 @@ def test_interactive_heatmap_without_plotly_names_the_extra(monkeypatch: pytest.
     from qkov_lightning.views.interactive import interactive_heatmap
 
     monkeypatch.setitem(sys.modules, "plotly", None)
-    with pytest.raises(ModuleNotFoundError, match=r"plotly.*pip install 'qkov-lightning\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"plotly.*pip install 'plotly>=6'"):
         interactive_heatmap(make_heatmap(), "math", "code")

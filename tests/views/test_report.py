@@ -1,5 +1,7 @@
 """The report opens from disk in a browser, without a network, and its controls show what they say."""
 
+import csv
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,8 +13,11 @@ from synthetic import make_heatmap
 
 from qkov_lightning import InterferenceHeatmap, cli
 from qkov_lightning.measure.encoding import HeatmapError
+from qkov_lightning.measure.names import pair_label, readable
+from qkov_lightning.views.answer import headline, plus_minus, predicted_rise
 from qkov_lightning.views.figures import score_scale
-from qkov_lightning.views.report import RunHistory, load_history, write_report
+from qkov_lightning.views.report import write_report
+from qkov_lightning.views.runs import RunHistory, load_history
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 TASKS = ("math", "</script><b>code")
@@ -77,8 +82,17 @@ def test_a_long_run_is_thinned_evenly_and_says_so(tmp_path: Path, monkeypatch: p
     assert run["facts"]["heatmaps"] == "2 of 3"
 
 
+@pytest.fixture
+def page(browser: tuple[Any, list[InterferenceHeatmap], str]) -> tuple[Any, list[InterferenceHeatmap]]:
+    """The page as it opens."""
+    driver, heatmaps, address = browser
+    driver.get("about:blank")
+    driver.get(address)
+    return driver, heatmaps
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[InterferenceHeatmap]]]:
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[InterferenceHeatmap], str]]:
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
     webdriver = pytest.importorskip("selenium.webdriver")
@@ -94,8 +108,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, list[I
     options.binary_location = CHROMIUM
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    driver.get((folder / "report.html").as_uri())
-    yield driver, heatmaps
+    yield driver, heatmaps, (folder / "report.html").as_uri()
     driver.quit()
 
 
@@ -123,39 +136,67 @@ def slide(driver: Any, keys: str) -> None:
     driver.find_element("id", "step").send_keys(getattr(Keys, keys))
 
 
-def test_page_opens_on_the_last_step_of_the_first_pair(page: Any) -> None:
+def test_page_opens_on_the_verdict_and_the_worst_pair_of_the_last_step(page: Any) -> None:
     driver, heatmaps = page
-    choose(driver, "run", 0)
+    verdict = heatmaps[2].verdict
+    assert driver.find_element("id", "headline").text == headline(verdict)
     assert driver.find_element("id", "when").text == "epoch 2, step 360"
+    worst = verdict.pairs[0]
     for block in range(4):
-        assert shown(driver, block) == expected(heatmaps[2], *TASKS, "interference", block)
+        assert shown(driver, block) == expected(heatmaps[2], worst.task_a, worst.task_b, "loss_rise", block)
+    rows = [row.text for row in driver.find_elements("css selector", "#worst tr")]
+    for row, cell in zip(rows, verdict.harmful, strict=False):
+        assert row.startswith(f"{cell.name} ")
+        assert plus_minus(cell.value, cell.standard_error, signed=True) in row
+        assert "hurts" in row
+    chosen = driver.find_element("css selector", "#rises td.chosen").text
+    assert chosen.startswith(predicted_rise(worst))
+    assert f"{len(worst.harmful)} hurt" in chosen
+
+
+def test_a_table_of_tasks_chooses_the_pair(page: Any) -> None:
+    driver, heatmaps = page
+    for a, b in heatmaps[2].task_pairs:
+        row, column = TASKS.index(a) + 2, TASKS.index(b) + 2
+        driver.find_element("css selector", f"#rises tr:nth-child({row}) > :nth-child({column})").click()
+        assert shown(driver, 0) == expected(heatmaps[2], a, b, "loss_rise", 0)
 
 
 def test_slider_and_selectors_show_the_values_of_their_step_pair_and_score(page: Any) -> None:
     driver, heatmaps = page
-    choose(driver, "run", 0)
     slide(driver, "HOME")
     assert driver.find_element("id", "when").text == "epoch 0, step 120"
-    assert shown(driver, 0) == expected(heatmaps[0], *TASKS, "interference", 0)
+    order = [(pair.task_a, pair.task_b) for pair in heatmaps[2].verdict.pairs]
+    assert shown(driver, 0) == expected(heatmaps[0], *order[0], "loss_rise", 0)
     slide(driver, "ARROW_RIGHT")
     choose(driver, "pair", 1)
-    choose(driver, "score", 2)
-    assert shown(driver, 3) == expected(heatmaps[1], TASKS[1], TASKS[0], "cosine", 3)
-    title = driver.execute_script("return document.querySelector('#heatmap .gtitle').textContent")
-    assert title == "math pushes on </script><b>code: cosine"
+    scores = [option.text for option in driver.find_elements("css selector", "#score option")]
+    choose(driver, "score", scores.index("cosine"))
+    assert shown(driver, 3) == expected(heatmaps[1], *order[1], "cosine", 3)
+    assert driver.find_element("id", "reading").text.startswith(pair_label(*order[1]) + ", cosine: ")
     axis = driver.execute_script("return document.getElementById('heatmap').layout.coloraxis")
     assert (axis["cmin"], axis["cmax"]) == (-1, 1)
-    choose(driver, "pair", 0)
-    choose(driver, "score", 0)
+
+
+def test_another_step_is_subtracted(page: Any) -> None:
+    driver, heatmaps = page
+    a, b = heatmaps[2].verdict.pairs[0].task_a, heatmaps[2].verdict.pairs[0].task_b
+    choose(driver, "less", 1)
+    change = heatmaps[2].values(a, b, "loss_rise") - heatmaps[0].values(a, b, "loss_rise")
+    rows = change[:, :4, 0].tolist()
+    assert shown(driver, 0) == [
+        [None if value != value else pytest.approx(value, abs=2e-3) for value in row] for row in rows
+    ]
+    assert "what changed from step 120 to step 360" in driver.find_element("id", "reading").text
 
 
 def test_a_score_in_units_is_drawn_on_the_scale_of_its_own_step(page: Any) -> None:
     driver, heatmaps = page
-    choose(driver, "run", 0)
     for keys, heatmap in (("HOME", heatmaps[0]), ("END", heatmaps[2])):
         slide(driver, keys)
         axis = driver.execute_script("return document.getElementById('heatmap').layout.coloraxis")
-        assert (axis["cmin"], axis["cmax"]) == (0, score_scale(heatmap, "interference").high)
+        high = score_scale(heatmap, "loss_rise").high
+        assert (axis["cmin"], axis["cmax"]) == (-high, high)
 
 
 def test_run_selector_shows_the_other_run_with_its_own_layers_and_heads(page: Any) -> None:
@@ -164,69 +205,138 @@ def test_run_selector_shows_the_other_run_with_its_own_layers_and_heads(page: An
     assert len(shown(driver, 1)) == 20
     assert len(shown(driver, 1)[0]) == 4
     assert "20" in driver.find_element("id", "facts").text
-    figure = driver.find_element("id", "heatmap")
-    box = figure.find_element("xpath", "..")
-    assert box.size["height"] == figure.size["height"] > 600
+    assert driver.find_element("id", "heatmap").size["height"] > 400
     choose(driver, "run", 0)
     assert len(shown(driver, 1)) == 3
 
 
-def test_pointer_over_a_cell_shows_its_name_value_and_error(page: Any) -> None:
+def point_at(driver: Any, layer: int, head: int) -> Any:
+    """Move the pointer to a cell of O, which has three layers and four heads."""
     from selenium.webdriver import ActionChains
+
+    drag = driver.find_element("css selector", "#heatmap .draglayer .x4y4 .nsewdrag")
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", drag)
+    across, down = (head + 0.5) / 4 - 0.5, (layer + 0.5) / 3 - 0.5
+    size = drag.size
+    return (
+        ActionChains(driver)
+        .move_to_element(drag)
+        .move_to_element_with_offset(drag, int(size["width"] * across), int(size["height"] * down))
+    )
+
+
+def test_pointer_over_a_cell_shows_its_name_value_and_error(page: Any) -> None:
     from selenium.webdriver.support.ui import WebDriverWait
 
     driver, heatmaps = page
-    choose(driver, "run", 0)
-    driver.execute_script("window.scrollTo(0, 0)")
-    drag = driver.find_element("css selector", "#heatmap .draglayer .x4y4 .nsewdrag")
-    size = drag.size
-    # From the middle to the centre of layer 2 of 3, head 3 of 4.
-    ActionChains(driver).move_to_element(drag).move_to_element_with_offset(
-        drag, int(size["width"] * 3 / 8), int(size["height"] / 3)
-    ).perform()
+    point_at(driver, 2, 3).perform()
     WebDriverWait(driver, 10).until(
         lambda d: d.find_elements("css selector", "#heatmap .hoverlayer .hovertext")
     )
     text = driver.execute_script(
         "return document.querySelector('#heatmap .hoverlayer .hovertext').textContent"
     )
-    assert text.startswith("L2.H3.O")
-    assert f"{float(heatmaps[2].values(*TASKS)[2, 3, 3]):.4g}" in text
+    worst = heatmaps[2].verdict.pairs[0]
+    value = float(heatmaps[2].values(worst.task_a, worst.task_b, "loss_rise")[2, 3, 3])
+    assert text.replace("−", "-").startswith(f"L2.H3.O{value:.4g}")
     assert "± 0.05" in text
 
 
-def test_tables_sort_by_the_column_that_is_clicked(page: Any) -> None:
+def test_a_click_on_a_cell_opens_its_scores_control_trend_and_samples(page: Any) -> None:
     driver, heatmaps = page
+    assert not driver.find_element("id", "cell").is_displayed()
+    point_at(driver, 2, 3).click().perform()
+    box = driver.find_element("id", "cell")
+    worst = heatmaps[2].verdict.pairs[0]
+    a, b = worst.task_a, worst.task_b
+    assert "L2.H3.O in layers.2.attention" in box.text
+    for score in heatmaps[2].scores:
+        row = next(r.text for r in box.find_elements("css selector", "tr") if r.text.startswith(f"{score} "))
+        for other in (b, a):  # the pair, and the control
+            value = float(heatmaps[2].values(a, other, score)[2, 3, 3])
+            assert plus_minus(value, 0.05) in row
+    line = driver.execute_script(
+        "const t = document.getElementById('trend').data[0]; return {x: t.x, y: t.y}"
+    )
+    assert line["x"] == [120, 240, 360]
+    assert line["y"] == [
+        pytest.approx(float(h.values(a, b, "loss_rise")[2, 3, 3]), rel=1e-3) for h in heatmaps
+    ]
     choose(driver, "run", 0)
 
-    def column() -> list[float]:
+
+def test_tables_keep_the_order_of_the_verdict_and_sort_by_the_column_that_is_clicked(page: Any) -> None:
+    driver, heatmaps = page
+
+    def column(number: int) -> list[str]:
         return [
-            float(cell.text) for cell in driver.find_elements("css selector", "#cells tbody td:nth-child(3)")
+            cell.text for cell in driver.find_elements("css selector", f"#cells tbody td:nth-child({number})")
         ]
 
-    assert column() == sorted(column(), reverse=True)
-    first = heatmaps[2].cells(*TASKS)[0]
-    assert driver.find_element("css selector", "#cells tbody td").text == first.name
+    assert column(1) == [cell.name for cell in heatmaps[2].verdict.pairs[0].cells]
     driver.find_element("css selector", "#cells th:nth-child(3)").click()
-    assert column() == sorted(column())
-    assert len(column()) == len(heatmaps[2].cells(*TASKS))
+    values = [float(value) for value in column(3)]
+    assert values == sorted(values, reverse=True)
+    driver.find_element("css selector", "#cells th:nth-child(3)").click()
+    assert [float(value) for value in column(3)] == sorted(values)
+    choose(driver, "pair", heatmaps[2].shown_pairs.index((TASKS[0], TASKS[1])))
     rows = driver.find_elements("css selector", "#pairs tbody tr")
     assert [row.find_elements("css selector", "td")[0].text for row in rows] == ["a0", "a1", "a2"]
-    driver.find_element("css selector", "#pairs th:nth-child(4)").click()
-    assert driver.find_element("css selector", "#pairs tbody td").text == "a2"
 
 
-def test_trends_follow_the_hottest_cells_over_all_steps(page: Any) -> None:
+def test_csv_holds_every_cell_of_the_step(page: Any) -> None:
     driver, heatmaps = page
-    choose(driver, "run", 0)
-    lines = driver.execute_script(
-        "return document.getElementById('trend').data.map(t => ({name: t.name, x: t.x, y: t.y}))"
+    text = driver.execute_script("""
+        const made = []; const create = URL.createObjectURL;
+        URL.createObjectURL = (blob) => { made.push(blob); return "#"; };
+        document.getElementById("download").click();
+        URL.createObjectURL = create;
+        return made[0].text();
+    """)
+    rows = list(csv.DictReader(text.splitlines()))
+    cells = {
+        (c.task_a, c.task_b, c.layer, c.head, c.block)
+        for a, b in heatmaps[2].task_pairs
+        for c in heatmaps[2].cells(a, b)
+    }
+    found = {(r["task_a"], r["task_b"], int(r["layer"]), int(r["head"]), r["block"]) for r in rows}
+    assert found == {(readable(a), readable(b), *rest) for a, b, *rest in cells}
+    assert len(rows) == len(cells) * len(heatmaps[2].scores)
+
+
+@pytest.mark.parametrize("width", [390, 820, 1280])
+def test_no_width_needs_scrolling_sideways_and_ticks_do_not_overlap(page: Any, width: int) -> None:
+    driver, _ = page
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600},
     )
-    hottest = heatmaps[2].cells(*TASKS)[:8]
-    assert [line["name"] for line in lines] == [cell.name for cell in hottest]
-    at = (hottest[0].layer, hottest[0].head, "QKVO".index(hottest[0].block))
-    assert lines[0]["x"] == [120, 240, 360]
-    assert lines[0]["y"] == [pytest.approx(float(h.values(*TASKS)[at]), rel=1e-3) for h in heatmaps]
+    try:
+        for number in (0, 1):
+            choose(driver, "run", number)
+            driver.execute_script("document.querySelector('#worst tr').click()")
+            assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+            boxes = driver.execute_script("""
+                return ["xtick", "x2tick", "x3tick", "x4tick"].map((axis) =>
+                  [...document.querySelectorAll("#heatmap ." + axis + " text")].map((t) => {
+                    const box = t.getBoundingClientRect(); return [box.left, box.right]; }));
+            """)
+            assert any(boxes)
+            for axis in boxes:
+                axis.sort()
+                assert all(one[1] <= other[0] for one, other in itertools.pairwise(axis))
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_one_snapshot_says_so(page: Any, tmp_path: Path) -> None:
+    driver, _ = page
+    (tmp_path / "latest.json").write_text(make_heatmap().to_json())
+    write_report([load_history(tmp_path)], tmp_path / "one.html")
+    driver.get((tmp_path / "one.html").as_uri())
+    assert "the only snapshot" in driver.find_element("id", "when").text
+    driver.find_element("css selector", "#worst tr").click()
+    assert "One snapshot: there is no trend yet." in driver.find_element("id", "cell").text
 
 
 def test_browser_console_is_silent_and_nothing_was_asked_of_a_network(page: Any) -> None:

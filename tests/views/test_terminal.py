@@ -4,10 +4,12 @@ import csv
 import io
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 from rich.console import Console, RenderableType
@@ -17,15 +19,9 @@ from synthetic import make_heatmap, train
 from qkov_lightning import InterferenceHeatmap, InterferenceMonitor, cli
 from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.views.screen import epoch_lines, screen
 from qkov_lightning.views.tables import COLUMNS, cell_rows, metrics, select, write_tables
-from qkov_lightning.views.terminal import (
-    SHADES,
-    epoch_table,
-    heatmap_panel,
-    hottest_table,
-    markdown_table,
-    overview,
-)
+from qkov_lightning.views.terminal import SHADES, Steps, cells_table, details, heatmap_panel, markdown_table
 
 
 def plain(renderable: RenderableType, width: int = 80) -> list[str]:
@@ -51,24 +47,45 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_without_colour_every_cell_is_told_by_its_shade() -> None:
+def shades_of(values: list[float]) -> list[str]:
+    """By hand: which quarter of the interfering cells a value is in."""
+    known = sorted(value for value in values if value == value)
+    bounds = [np.quantile(known, share) for share in (0, 0.25, 0.5, 0.75)]
+    return ["/" if v != v else SHADES[sum(v >= bound for bound in bounds) - 1] for v in values]
+
+
+def test_without_colour_every_cell_is_told_by_its_quarter() -> None:
     heatmap = make_heatmap()
     lines = plain(heatmap_panel(heatmap, "math", "code", "relative", "O"))
     rows = [line.strip("│ ").split() for line in lines[2:5]]
+    every = heatmap.values("math", "code", "relative").flatten().tolist()
+    shades = dict(zip(every, shades_of(every), strict=True))
     for layer, (label, cells) in enumerate(rows):
         assert label == str(layer)
         if layer == 1:
             assert cells == "xx" * 4
             continue
-        shares = (heatmap.values("math", "code", "relative")[layer, :, 3] / 2).tolist()
-        assert cells == "".join(2 * SHADES[int(share * 5)] for share in shares)
+        values = heatmap.values("math", "code", "relative")[layer, :, 3].tolist()
+        assert cells[::2] == "".join(shades[value] for value in values)
+
+
+@pytest.mark.parametrize(("score", "worst"), [("cosine", min), ("loss_rise", max)])
+def test_the_darkest_cells_of_a_score_with_a_sign_are_those_that_interfere_most(
+    score: str, worst: Callable[[list[float]], float]
+) -> None:
+    values = make_heatmap().values("math", "code", score)
+    steps = Steps.of(values, score)
+    known = [value for value in values.flatten().tolist() if value == value]
+    assert steps.shade(worst(known))[0] == SHADES[-1]
+    assert {steps.shade(value)[0] for value in known if value * worst(known) < 0} == {"·"}
+    assert {steps.shade(value)[0] for value in known if value * worst(known) > 0} == set(SHADES)
 
 
 def test_no_data_frozen_and_no_such_head_look_different() -> None:
     lines = plain(heatmap_panel(make_heatmap(), "math", "code", block="Q"))
     assert lines[2].strip("│ ").split()[1][2:4] == "//"
     assert lines[3].strip("│ ").split()[1] == "xxxxxxxx"
-    assert "// no data   xx frozen" in lines[6]
+    assert "// no data   xx frozen" in "".join(lines)
 
 
 @pytest.mark.parametrize("heads", [16, 64])
@@ -78,26 +95,33 @@ def test_number_over_a_column_is_its_head(heads: int) -> None:
     width = 2 if heads <= 34 else 1
     numbers = [(match.start(), int(match.group())) for match in re.finditer(r"\d+", lines[1])]
     assert len(numbers) == heads * width // 8
-    shares = (heatmap.values("math", "code", "relative")[0, :, 3] / 2).tolist()
+    values = heatmap.values("math", "code", "relative")
+    steps = Steps.of(values, "relative")
+    marked = set("!+")
     for column, head in numbers:
-        assert lines[2][column] == SHADES[int(shares[head] * 5)]
+        shade = steps.shade(float(values[0, head, 3]))[0]
+        assert lines[2][column] in ({shade} if width == 2 else {shade} | marked)
 
 
 def test_sample_pairs_are_named_even_where_an_identifier_is_longer_than_a_line() -> None:
     heatmap = make_heatmap()
     long = "/".join(f"part{i}" for i in range(30))
     pairs = (SamplePair("math", long, "code", "[b]", 2, 1, "V", 7.25),)
-    lines = plain(overview(replace(heatmap, pairs=pairs)))
-    rows = [[part.strip() for part in line.split("│")[1:5]] for line in lines if line.count("│") == 5]
-    found = next(index for index, row in enumerate(rows) if row[1:] == ["[b]", "L2.H1.V", "7.25"])
+    lines = plain(details(replace(heatmap, pairs=pairs), select(heatmap, "math__code")))
+    rows = [[part.strip() for part in line.split("│")[1:6]] for line in lines if line.count("│") == 6]
+    found = next(index for index, row in enumerate(rows) if row[1:] == ["[b]", "L2.H1.V", "", "7.25"])
     assert "".join(row[0] for row in rows[found:])[: len(long)] == long
 
 
 @pytest.mark.parametrize("heads", [4, 16, 32, 64])
 def test_everything_fits_into_80_columns(heads: int) -> None:
     heatmap = make_heatmap(12, heads, heads)
-    for line in plain(overview(heatmap)):
-        assert len(line) <= 80
+    for shown in (
+        details(heatmap, select(heatmap, top=10)),
+        screen(heatmap, "runs/demo"),
+        epoch_lines(heatmap),
+    ):
+        assert max(map(len, plain(shown))) <= 80
     text = "\n".join(plain(heatmap_panel(heatmap, "math", "code", block="O")))
     rows = [line for line in text.splitlines() if line.startswith(("│ 11 ", "│  2 "))]
     cells = heads * (2 if heads <= 34 else 1)
@@ -119,23 +143,22 @@ def test_tables_of_many_scores_hold_the_first_three_and_the_chosen_one_in_80_col
             **dict.fromkeys(more, heatmap.standard_errors["relative"]),
         },
     )
-    for table, names in (
-        (epoch_table(heatmap), ["interference", "relative", "cosine"]),
-        (
-            hottest_table(heatmap, "math", "code", select(heatmap, score="more_two", top=2)),
-            ["interference", "relative", "cosine", "more_two"],
-        ),
+    for chosen, names in (
+        ("loss_rise", ["loss_rise", "interference", "relative"]),
+        ("more_two", ["loss_rise", "more_two", "interference"]),
     ):
-        lines = plain(table)
+        lines = plain(cells_table(heatmap, "math", "code", select(heatmap, score=chosen, top=2)))
         assert max(map(len, lines)) <= 80
-        assert [name for name in heatmap.scores if f" {name} " in lines[2]] == names
+        assert [name for name in lines[2].replace("┃", " ").split() if name in heatmap.scores] == names
     assert "| more_three |" in markdown_table(heatmap, "math", "code", select(heatmap, top=2))
 
 
 def test_task_names_can_neither_break_the_line_nor_pass_for_markup() -> None:
-    text = "\n".join(plain(overview(make_heatmap(tasks=("[red]a\n", "b\x1b[2J"))), 200))
-    assert "[red]a" in text
-    assert "\x1b" not in text
+    heatmap = make_heatmap(tasks=("[red]a\n", "b\x1b[2J"))
+    for shown in (details(heatmap, select(heatmap)), screen(heatmap, "run"), epoch_lines(heatmap, "run")):
+        text = "\n".join(plain(shown, 200))
+        assert '"[red]a�"' in text
+        assert "\x1b" not in text
 
 
 def test_show_prints_pair_block_score_and_top_that_were_asked_for(
@@ -143,8 +166,8 @@ def test_show_prints_pair_block_score_and_top_that_were_asked_for(
 ) -> None:
     text = qkov(monkeypatch, capsys, "show", run, "--pair", "code__math", "--block", "V", "--score", "cosine",
                 "--top", 2)  # fmt: skip
-    assert "math pushes on code: cosine" in text
-    assert "code pushes on math" not in text
+    assert "code <- math: cosine" in text
+    assert "math <- code" not in text
     heatmap = InterferenceHeatmap.load(run / "latest.json")
     lowest = [c.name for c in reversed(heatmap.cells("code", "math", "cosine")) if c.block == "V"][:2]
     assert [line.split()[1] for line in text.splitlines() if line.startswith("│ L")] == lowest
@@ -155,7 +178,7 @@ def test_show_takes_a_step_and_a_pair_of_a_task_with_itself(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = qkov(monkeypatch, capsys, "show", run, "--step", 120, "--pair", "math__math")
-    assert "math pushes on math: interference" in text
+    assert "math <- math: loss_rise" in text
     assert "epoch 0, step 120" in text
 
 
@@ -164,12 +187,12 @@ def test_csv_and_json_hold_every_cell_unrounded(
 ) -> None:
     heatmap = InterferenceHeatmap.load(run / "latest.json")
     rows = list(csv.DictReader(io.StringIO(qkov(monkeypatch, capsys, "show", run, "--format", "csv"))))
-    cells = [cell for a, b in heatmap.task_pairs for cell in heatmap.cells(a, b)]
+    cells = [cell for pair in heatmap.verdict.pairs for cell in pair.cells]
     assert [(r["task_a"], r["block"], float(r["value"])) for r in rows] == [
         (c.task_a, c.block, c.value) for c in cells
     ]
     objects = json.loads(qkov(monkeypatch, capsys, "show", run, "--format", "json", "--top", 1))
-    assert [one["value"] for one in objects] == [heatmap.cells(a, b)[0].value for a, b in heatmap.task_pairs]
+    assert [one["value"] for one in objects] == [pair.cells[0].value for pair in heatmap.verdict.pairs]
     assert set(objects[0]) == set(COLUMNS)
 
 
