@@ -2,9 +2,11 @@ r"""Two heatmaps to a verdict: did interference rise beyond noise, and where?
 
 Judged are every cell, the mean of every block and the maximum of every task pair. For each of them
 
-.. math:: t = (\text{rise} - \text{tolerance}) / s
+.. math:: t = (\text{rise} - \text{tolerance} \cdot \text{unit}) / s
 
-against Student's distribution. Where both heatmaps measured the same samples, s is the standard error of the
+against Student's distribution. The unit of a score in a natural range is 1; that of any other is its largest
+value in the baseline that is beyond two standard errors: a tolerance of 0.05 allows a twentieth of what the
+worst cell had. Where both heatmaps measured the same samples, s is the standard error of the
 rise itself, from leaving the same samples out of both: what the samples have in common cancels. Otherwise
 :math:`s^2 = s_0^2 + s_1^2` with the standard errors of the two heatmaps (Welch 1947), and the least degrees
 of freedom that Welch's formula can give: those of the heatmap that has fewer. A heatmap has one less than its
@@ -13,7 +15,7 @@ smallest task has samples, or what its notes say of how its standard errors were
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +25,14 @@ from scipy import special, stats
 from qkov_lightning.drift.comparability import NotComparableError, check_comparable
 from qkov_lightning.drift.quantities import KINDS, Kind, Quantities, judged_pairs, quantities_of
 from qkov_lightning.heads.projections import BLOCKS, Block
+from qkov_lightning.measure.certainty import largest_clear
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.scores import HARM, SCORES
 
 NUM_NEAREST = 10
+
+DEFAULT_SCORES = (HARM, "relative", "cosine")
+"""What the gate judges by: the score of the verdict, and two that do not depend on the units of the loss."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class DriftReport:
         num_tests: Quantities that were judged.
         scores: Scores that were judged.
         tasks: Tasks that were compared.
-        tolerance: Rise that is allowed, in units of the score.
+        tolerance: Rise that is allowed, in the units of the module's formula.
         alpha: Chance of a false alarm that is allowed.
         num_samples: Samples of the smallest task, in the baseline and now.
         same_samples: Whether the two were measured on the same samples, and compared group by group.
@@ -118,7 +124,7 @@ def check_drift(
     baseline: InterferenceHeatmap,
     current: InterferenceHeatmap,
     *,
-    scores: Sequence[str] = ("relative", "cosine"),
+    scores: Sequence[str] = DEFAULT_SCORES,
     tolerance: float = 0.05,
     alpha: float = 0.05,
     min_samples: int = 16,
@@ -132,8 +138,9 @@ def check_drift(
     Args:
         baseline: What is accepted.
         current: What is judged.
-        scores: Scores to judge by, dimensionless ones by default.
-        tolerance: Rise that is allowed, in units of the score.
+        scores: Scores to judge by; the one of the verdict and two dimensionless ones by default.
+        tolerance: Rise that is allowed: of a score with a natural range in its own units, of any other as a
+            share of its largest clear value in the baseline.
         alpha: False discovery rate; without any drift, the chance of a false alarm.
         min_samples: Samples that every task needs in every cell. Standard errors from fewer are too rough.
 
@@ -175,7 +182,19 @@ def check_drift(
         _degrees_of_freedom(heatmap, count)
         for heatmap, count in zip((baseline, current), num_samples, strict=True)
     )
-    return _decide(judged, baseline, num_samples, same_samples, freedom, scores, tolerance, alpha)
+    units = {score: _unit(baseline, score) for score in scores}
+    return _decide(judged, baseline, num_samples, same_samples, freedom, scores, tolerance, units, alpha)
+
+
+def _unit(baseline: InterferenceHeatmap, score: str) -> float:
+    """What the tolerance is counted in."""
+    if SCORES[score].natural_range is not None:
+        return 1.0
+    pairs = baseline.task_pairs
+    values, errors = (
+        torch.stack([of(a, b, score) for a, b in pairs]) for of in (baseline.values, baseline.errors)
+    )
+    return largest_clear(values, errors)
 
 
 def _degrees_of_freedom(heatmap: InterferenceHeatmap, num_samples: int) -> int:
@@ -206,6 +225,7 @@ def _decide(
     freedom: int,
     scores: tuple[str, ...],
     tolerance: float,
+    units: Mapping[str, float],
     alpha: float,
 ) -> DriftReport:
     old, new, error = (
@@ -216,7 +236,7 @@ def _decide(
         np.full(len(one.places), -1.0 if SCORES[one.score].falling else 1.0) for one in judged
     ])
     rise = sign * (new - old) + 0.0  # no minus zero
-    excess = rise - tolerance
+    excess = rise - tolerance * np.concatenate([np.full(len(one.places), units[one.score]) for one in judged])
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(error > 0, excess / error, np.where(excess > 0, np.inf, -np.inf))
     raw = special.stdtr(freedom, -t)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from qkov_lightning.drift.comparability import NotComparableError
-from qkov_lightning.drift.drift import check_drift
+from qkov_lightning.drift.drift import DEFAULT_SCORES, check_drift
 from qkov_lightning.drift.reports import FORMATS, as_junit, as_markdown, junit_error, refusal
 from qkov_lightning.measure.encoding import HeatmapError
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
@@ -42,7 +42,7 @@ def judge(
     *,
     update_command: str = "",
     format: Format = "text",
-    scores: Sequence[str] = ("relative", "cosine"),
+    scores: Sequence[str] = DEFAULT_SCORES,
     tolerance: float = 0.05,
     alpha: float = 0.05,
     min_samples: int = 16,

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.jackknife import jackknife_error
 from qkov_lightning.scores.scores import SCORES
 
 ROUNDING = 1e-5

@@ -10,7 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from qkov_lightning.drift.drift import DriftReport, Finding
-from qkov_lightning.measure.cells import printable
+from qkov_lightning.measure.names import pair_label, printable
 from qkov_lightning.scores.scores import SCORES
 
 MAX_ROWS = 50
@@ -144,7 +144,7 @@ def as_junit(report: DriftReport) -> str:
             if SCORES[score].symmetric and report.tasks.index(a) > report.tasks.index(b):
                 continue
             tests += 1
-            name = printable(f"{score}: {b} pushes on {a}")
+            name = printable(f"{score}: {pair_label(a, b)}")
             case = ElementTree.SubElement(suite, "testcase", classname="interference", name=name, time="0")
             found = [f for f in report.findings if (f.score, f.task_a, f.task_b) == (score, a, b)]
             if found:

@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,10 +27,18 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qkov_lightning import InterferenceHeatmap, check_drift, find_projections, probe_interference
+from qkov_lightning import (
+    HeadInterference,
+    InterferenceHeatmap,
+    ScoreSettings,
+    check_drift,
+    find_projections,
+    probe_interference,
+)
 from qkov_lightning.measure.cells import BlockInfo, Layer
-from qkov_lightning.measure.jackknife import jackknife_error
+from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.probe import FISHER, MAX_GROUPS
+from qkov_lightning.scores.scores import HARM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -41,6 +50,9 @@ LAYER, HEAD, BLOCK, SCORE = 1, 2, "O", "relative"
 OWN = slice(HEAD * WIDTH // HEADS, (HEAD + 1) * WIDTH // HEADS)
 PLANTED = (("math", "prose"), ("prose", "code"))
 """Whose sensitivity rises, and who pushes: a sure cell (arithmetic is all alike) and an unsure one."""
+SCORES = ("relative", "cosine")
+"""Scores that are computed here in closed form."""
+
 DAMPING = 1e-3
 EFFECTS = (0.25, 0.5, 1.0)
 SAMPLES = (32, 64, 128)
@@ -146,7 +158,7 @@ def check_against_the_package(model: nn.Module, samples: Sequence[Tensor], gradi
         model,
         batches,
         loss=lambda module, batch: loss_of(module, batch["x"]),
-        num_hot_cells=0,
+        settings=ScoreSettings(num_hot_cells=0),
         projections=find_projections(model),
     )
     expected = measure(gradients[:, :64], "own")
@@ -240,10 +252,50 @@ def false_alarms(pool: Tensor, pairs: int) -> dict[float, int]:
         sets = draw(64, pool.shape[1], generator)
         first, second = (measure(pick(pool, own), str(i)) for i, own in enumerate(sets))
         for tolerance in alarms:
-            alarms[tolerance] += check_drift(first, second, tolerance=tolerance).drifted
+            alarms[tolerance] += check_drift(first, second, scores=SCORES, tolerance=tolerance).drifted
         if number % 50 == 0:
             say(f"null pairs: {number} of {pairs}, alarms {alarms}")
     return alarms
+
+
+def false_alarms_with_rises(pool: Tensor, pairs: int) -> dict[float, int]:
+    """The same by all scores of the gate, the rise of the loss among them, each group left out in turn."""
+    generator = torch.Generator().manual_seed(4)
+    alarms = {0.05: 0, 0.0: 0}
+    for number in range(1, pairs + 1):
+        sets = draw(64, pool.shape[1], generator)
+        first, second = (measure_rises(pick(pool, own), str(i)) for i, own in enumerate(sets))
+        for tolerance in alarms:
+            alarms[tolerance] += check_drift(first, second, tolerance=tolerance).drifted
+        if number % 10 == 0:
+            say(f"null pairs with rises: {number} of {pairs}, alarms {alarms}")
+    return alarms
+
+
+def measure_rises(gradients: Tensor, samples: str) -> InterferenceHeatmap:
+    """What a probe of these samples finds, by all scores that the gate judges."""
+    heatmap = measure(gradients, samples)
+    group = torch.arange(gradients.shape[1]) % MAX_GROUPS
+
+    def compute(kept: Tensor) -> Tensor:
+        metric = HeadInterference(TASKS, LAYERS, HEADS, ScoreSettings(damping=DAMPING))
+        tasks = torch.arange(len(TASKS)).repeat_interleave(int(kept.sum()))
+        for layer in range(LAYERS):
+            for index, block in enumerate("QKVO"):
+                own = gradients[:, kept, layer, index]
+                metric.update(
+                    own.flatten(0, 1), tasks, own.square().mean(dim=(0, 1)), layer=layer, block=block,
+                    num_terms=torch.full((len(tasks),), float(CONTEXT)),
+                )  # fmt: skip
+        return metric.compute()[HARM].double()
+
+    replicates = torch.stack([compute(group != one) for one in range(MAX_GROUPS)])
+    return replace(
+        heatmap,
+        scores={**heatmap.scores, HARM: compute(group >= 0)},
+        standard_errors={**heatmap.standard_errors, HARM: jackknife_error(replicates)},
+        replicates={**heatmap.replicates, HARM: replicates},
+    )
 
 
 def power(old: Tensor, new: Tensor, count: int, runs: int, same: bool) -> tuple[int, int]:
@@ -254,7 +306,7 @@ def power(old: Tensor, new: Tensor, count: int, runs: int, same: bool) -> tuple[
         before, after = draw(count, old.shape[1], generator)
         first = measure(pick(old, before), "a")
         second = measure(pick(new, before if same else after), "a" if same else "b")
-        report = check_drift(first, second)
+        report = check_drift(first, second, scores=SCORES)
         found += report.drifted
         named += report.drifted and (report.findings[0].layer, report.findings[0].head) == (LAYER, HEAD)
     return found, named
@@ -298,6 +350,9 @@ def draw_figure(results: dict, runs: int, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=400, help="null pairs")
+    parser.add_argument(
+        "--rises", type=int, default=100, help="null pairs that are judged by the rise of the loss, too"
+    )
     parser.add_argument("--runs", type=int, default=40, help="runs of the gate for each planted drift")
     parser.add_argument("--pool", type=int, default=1024, help="samples of each task to draw from")
     parser.add_argument("--figure", type=Path, default=EXAMPLES / "gate_calibration.png")
@@ -314,6 +369,12 @@ def main() -> None:
     print("| tolerance | null pairs | false alarms | 95% interval |\n| --- | --- | --- | --- |")
     for tolerance, count in false_alarms(pool, arguments.pairs).items():
         print(f"| {tolerance:g} | {arguments.pairs} | {interval(count, arguments.pairs)} |", flush=True)
+
+    for tolerance, count in false_alarms_with_rises(pool, arguments.rises).items():
+        print(
+            f"| {tolerance:g}, with {HARM} | {arguments.rises} | {interval(count, arguments.rises)} |",
+            flush=True,
+        )
 
     results = {}
     half = pool[:, : arguments.pool // 2]

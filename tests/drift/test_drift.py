@@ -31,6 +31,7 @@ def make_heatmap(error: float = 0.05, samples: int = 64, tasks: tuple = TASKS) -
         for block in BLOCKS
     }  # fmt: skip
     scores = {
+        "loss_rise": relative - 1,
         "interference": relative * 7,
         "relative": relative,
         "cosine": cosine,
@@ -235,7 +236,7 @@ def test_false_alarms_stay_at_the_nominal_rate_for_heavy_tailed_gradients() -> N
             maps = [heavy_tailed(generator, means, 24) for _ in BLOCKS]
             shape = (2, 2, 1, HEADS, 4)
             scores, errors = {}, {}
-            for name in ("relative", "cosine"):
+            for name in ("loss_rise", "relative", "cosine"):
                 for target, key in ((scores, name), (errors, f"{name}_standard_error")):
                     target[name] = torch.stack(
                         [torch.stack([one[a, b][key] for a in ("code", "math") for b in ("code", "math")]) for one in maps],
@@ -284,7 +285,7 @@ def test_a_frozen_block_needs_no_data_but_must_be_frozen_in_both() -> None:
         (lambda h: make_heatmap(tasks=("code", "math")), "has the tasks code, math, prose, .* code, math.*same tasks"),
         (lambda h: replace(h, layers=h.layers[:1]), "2 attention layers, the current heatmap 1"),
         (lambda h: replace(h, layers=(h.layers[0], Layer("encoder.1", h.layers[1].blocks))), "Layer 1 differs.*encoder.1"),
-        (lambda h: replace(h, scores={"relative": h.scores["relative"]}), "current heatmap has no score 'cosine'"),
+        (lambda h: replace(h, scores={"loss_rise": h.scores["loss_rise"]}), "current heatmap has no score 'relative'"),
         (lambda h: make_heatmap(samples=15), "64 samples in the baseline and 15 in the current.*at least 16"),
         (lambda h: replace(h, notes={"fisher": "probe mean"}), "fisher = None, the current heatmap with 'probe mean'"),
         (lambda h: replace(h, notes={"damping": 0.1}), "damping = None"),
@@ -345,7 +346,7 @@ def noise_of(seed: int, size: float, shared_by_all_cells: bool = False) -> dict:
         name: (size * torch.randn(shape, generator=generator, dtype=torch.float64)).expand(
             16, *make_heatmap().scores["relative"].shape
         )
-        for name in ("interference", "relative", "cosine")
+        for name in ("loss_rise", "interference", "relative", "cosine")
     }
 
 
@@ -412,3 +413,18 @@ def test_a_replicate_without_data_is_never_no_drift() -> None:
     replicates["relative"] = replicates["relative"][:, :, :, :1]
     with pytest.raises(NotComparableError, match="replicates of 'relative' in shape"):
         check_drift(baseline, replace(baseline, replicates=replicates))
+
+
+def test_the_tolerance_of_a_score_in_units_is_a_share_of_the_largest_clear_value_of_the_baseline() -> None:
+    baseline = make_heatmap(error=1e-4)
+    loud = baseline.scores["loss_rise"].clone()
+    loud[0, 1, 0, 0, 0] = 50.0  # mostly noise
+    errors = {name: values.clone() for name, values in baseline.standard_errors.items()}
+    errors["loss_rise"][0, 1, 0, 0, 0] = 100.0
+    baseline = replace(baseline, scores={**baseline.scores, "loss_rise": loud}, standard_errors=errors)
+    clear = loud.clone()
+    clear[0, 1, 0, 0, 0] = 0.0
+    unit = max(float(clear[a, b].nan_to_num().abs().max()) for a in range(3) for b in range(3) if a != b)
+    for share, drifted in ((0.04, False), (0.06, True)):
+        current = changed(baseline, "loss_rise", (0, 1, 1, 3, 3), share * unit)
+        assert check_drift(baseline, current, scores=("loss_rise",), tolerance=0.05).drifted == drifted

@@ -25,6 +25,7 @@ def make_heatmap(rise: float = 0.0, samples: int = 32, tasks: tuple = TASKS) -> 
     relative[0, 1, 1, 2, 2] += rise
     scores = {"interference": relative.clone(), "relative": relative}
     scores["cosine"] = torch.full(SHAPE, 0.2, dtype=torch.float64)
+    scores["loss_rise"] = torch.full(SHAPE, 0.1, dtype=torch.float64)
     return InterferenceHeatmap(
         tasks=tasks,
         layers=tuple(Layer(f"decoder.{i}.attn", blocks) for i in range(2)),
@@ -206,12 +207,12 @@ def test_the_step_summary_is_appended_to(files: Path, monkeypatch: pytest.Monkey
 
 
 def test_junit_has_a_case_per_pair_and_score(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for run, counts in {"same": ("3", "0", "0"), "worse": ("3", "1", "0")}.items():
+    for run, counts in {"same": ("5", "0", "0"), "worse": ("5", "1", "0")}.items():
         qkov(monkeypatch, "gate", run, "--baseline", "baseline.json", "--junitxml", "out/gate.xml")
         suite = ElementTree.parse("out/gate.xml").getroot()[0]
         assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == counts
     (failed,) = (case for case in suite if case.find("failure") is not None)
-    assert failed.get("name") == "relative: math pushes on code"
+    assert failed.get("name") == "relative: code <- math"
     assert "L1.H2.V" in failed.find("failure").text
     qkov(monkeypatch, "gate", "same", "--baseline", "absent.json", "--junitxml", "out/gate.xml")
     assert ElementTree.parse("out/gate.xml").getroot()[0].get("errors") == "1"
@@ -269,7 +270,9 @@ def test_a_long_report_says_how_much_it_leaves_out() -> None:
 
 def test_a_report_says_whether_the_samples_were_the_same() -> None:
     notes = {"samples": "f00d"}
-    replicates = {name: torch.ones(4, *SHAPE, dtype=torch.float64) for name in ("relative", "cosine")}
+    replicates = {
+        name: torch.ones(4, *SHAPE, dtype=torch.float64) for name in ("loss_rise", "relative", "cosine")
+    }
     same = replace(make_heatmap(), notes=notes, replicates=replicates)
     assert "32 samples in the baseline, 32 now (the same samples)." in as_text(check_drift(same, same), "")
     other = replace(same, notes={"samples": "beef"})

@@ -16,7 +16,7 @@ TESTS = """
 
     def make_heatmap(rise, tasks=("code", "math")):
         shape = (2, 2, 1, 2, 4)
-        scores = {name: torch.ones(shape, dtype=torch.float64) for name in ("interference", "relative", "cosine")}
+        scores = {name: torch.ones(shape, dtype=torch.float64) for name in ("loss_rise", "interference", "relative", "cosine")}
         scores["relative"][0, 1, 0, 1, 3] += rise
         errors = {name: torch.full(shape, 0.05, dtype=torch.float64) for name in scores}
         layers = (Layer("attention", {block: BlockInfo(block, 2, 1, "measured") for block in "QKVO"}),)
