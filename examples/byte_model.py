@@ -123,3 +123,7 @@ class TextTasks(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(Windows(self.num_validation, self.context, seed=1), self.batch_size)
+
+    def probe_dataloader(self) -> DataLoader:
+        """Fixed samples, for `qkov probe` and `qkov protect`."""
+        return DataLoader(Windows(96, self.context, seed=2), self.batch_size)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from qkov_lightning import InterferenceMonitor
-from qkov_lightning.views.terminal import overview
+from qkov_lightning.views.screen import screen
 
 
 class LoraFinetuning(LightningModule):
@@ -103,7 +103,7 @@ def main(
         loader([sample for i, sample in enumerate(samples) if i % 10], shuffle=True),
         loader(samples[::10], shuffle=False),
     )
-    Console().print(overview(monitor.heatmap))
+    Console().print(screen(monitor.heatmap, str(monitor.results)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import ViTConfig, ViTModel
 
 from qkov_lightning import InterferenceMonitor
-from qkov_lightning.views.terminal import overview
+from qkov_lightning.views.screen import screen
 
 LABELS = {"digit": lambda digit: digit, "parity": lambda digit: digit % 2}
 NUM_CLASSES = {"digit": 10, "parity": 2}
@@ -71,7 +71,7 @@ def main(max_epochs: int = 5) -> None:
     trainer = Trainer(max_epochs=max_epochs, callbacks=[monitor])
     trainer.fit(TwoLabelSets(), DataLoader(train, 32, shuffle=True), DataLoader(validation, 128))
     Console().print(f"Validation accuracy {float(trainer.callback_metrics['accuracy']):.2f}")
-    Console().print(overview(monitor.heatmap))
+    Console().print(screen(monitor.heatmap, str(monitor.results)))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Every example runs."""
 
+import ast
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 
-from qkov_lightning import InterferenceHeatmap
+from qkov_lightning import InterferenceHeatmap, cli
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -29,17 +31,58 @@ def test_demo_leaves_a_heatmap_of_its_three_tasks(
         return whole(**{**options, "max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 1})
 
     monkeypatch.setattr(demo, "Trainer", short)
-    monkeypatch.setattr(demo, "InterferenceMonitor", lambda: _monitor())
+    monkeypatch.setattr(demo, "InterferenceMonitor", lambda **options: _monitor())
     demo.main()
     (latest,) = tmp_path.rglob("latest.json")
     assert json.loads(latest.read_text())["tasks"] == ["code", "math", "prose"]
     assert "tensorboard --logdir" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("inspect", "demo:ByteLanguageModel", "--verify"), "64 of 64 cells proven"),
+        (
+            ("verify", "--model", "demo.ByteLanguageModel", "--data", "byte_model.TextTasks"),
+            "64 of 64 cells agree",
+        ),
+    ],
+)
+def test_commands_work_with_the_model_of_the_demo(
+    arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["qkov", *arguments])
+    cli.main()
+    assert said in " ".join(capsys.readouterr().out.split())
+
+
 def _monitor() -> object:
     from qkov_lightning import InterferenceMonitor
 
     return InterferenceMonitor(every_n_steps=1)
+
+
+def test_notebook_was_executed_and_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """In order, from the top; what the last line of a cell gives is what the notebook shows."""
+    notebook = json.loads((EXAMPLES / "notebook.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {}
+    with warnings.catch_warnings():
+        for cell in cells:
+            assert cell["execution_count"] is not None
+            tree = ast.parse(
+                "".join(cell["source"]).replace("limit_train_batches=120", "limit_train_batches=6")
+            )
+            last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) and cell["outputs"] else None
+            exec(compile(tree, "notebook", "exec"), names)
+            if last is None or any("text" in output for output in cell["outputs"]):
+                continue
+            value = eval(compile(ast.Expression(last.value), "notebook", "eval"), names)  # type: ignore[attr-defined]
+            shown = cell["outputs"][0]["data"]
+            for kind, method in (("text/html", "_repr_html_"), ("image/png", "_repr_png_")):
+                made = getattr(value, method, lambda: None)()
+                assert (kind in shown) == (made is not None)
+    assert names["heatmap"].tasks == ("code", "math", "prose")  # type: ignore[attr-defined]
 
 
 def test_plain_loop_scores_every_pair_without_a_trainer(capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +113,7 @@ def test_lora_finetuning_of_a_local_checkpoint_compares_prose_and_code(
     pair = heatmap.pairs[0]
     names = finetune_lora.prose().keys() | finetune_lora.code().keys()
     assert {pair.sample_a.split("@")[0], pair.sample_b.split("@")[0]} <= names
-    assert "code pushes on prose: interference" in capsys.readouterr().out
+    assert "<- code" in capsys.readouterr().out
 
 
 def _save_tiny_language_model(folder: Path, texts: list[str]) -> None:
@@ -110,4 +153,4 @@ def test_vision_transformer_compares_two_label_sets_of_the_same_images(
     assert bool((heatmap.num_samples >= 2).all())
     printed = capsys.readouterr().out
     assert "Validation accuracy 0." in printed
-    assert "parity pushes on digit: interference" in printed
+    assert "<- parity" in printed
