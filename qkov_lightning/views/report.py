@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,12 +13,12 @@ from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_label, printable, readable
-from qkov_lightning.measure.verdict import Verdict
 from qkov_lightning.scores.scores import HARM, SCORES
 from qkov_lightning.store.files import whole_file
 from qkov_lightning.views.answer import (
     direction,
     headline,
+    next_steps,
     plus_minus,
     predicted_rise,
     roles,
@@ -112,18 +113,18 @@ def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
         "layers": [layer.name for layer in last.layers],
         "heads": heads,
         "facts": facts,
-        "frames": [_frame(heatmap, pairs, scores) for heatmap in kept],
+        "frames": [_frame(heatmap, pairs, scores, history.name) for heatmap in kept],
     }
 
 
 def _frame(
-    heatmap: InterferenceHeatmap, pairs: Sequence[tuple[str, str]], scores: Sequence[str]
+    heatmap: InterferenceHeatmap, pairs: Sequence[tuple[str, str]], scores: Sequence[str], name: str
 ) -> dict[str, Any]:
     scales = {score: score_scale(heatmap, score) for score in scores}
     return {
         "step": heatmap.step,
         "epoch": heatmap.epoch,
-        "answer": _answer(heatmap.verdict, pairs),
+        "answer": _answer(heatmap, pairs, name),
         "order": [[cell.name for cell in heatmap.verdict.pair(a, b).cells] for a, b in pairs],
         # As in the figures: a score in units is drawn on the scale of its own heatmap, since it falls with
         # the gradients.
@@ -137,7 +138,8 @@ def _frame(
     }
 
 
-def _answer(verdict: Verdict, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+def _answer(heatmap: InterferenceHeatmap, pairs: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:
+    verdict = heatmap.verdict
     worst = verdict.harmful or sorted(
         (cell for pair in verdict.pairs for cell in pair.undecided), key=lambda cell: -cell.value
     )
@@ -156,6 +158,9 @@ def _answer(verdict: Verdict, pairs: Sequence[tuple[str, str]]) -> dict[str, Any
         "headline": headline(verdict),
         "roles": roles(verdict),
         "sufficiency": sufficiency(verdict),
+        "next": [
+            list(step) for step in next_steps(heatmap, shlex.quote(name)) if "qkov report" not in step[1]
+        ],
         "sure": bool(verdict.harmful),
         "pairs": [
             {

@@ -141,6 +141,7 @@ def test_page_opens_on_the_verdict_and_the_worst_pair_of_the_last_step(page: Any
     verdict = heatmaps[2].verdict
     assert driver.find_element("id", "headline").text == headline(verdict)
     assert driver.find_element("id", "when").text == "epoch 2, step 360"
+    assert f'HeadFreezer(["{verdict.harmful[0].name}"])' in driver.find_element("id", "next").text
     worst = verdict.pairs[0]
     for block in range(4):
         assert shown(driver, block) == expected(heatmaps[2], worst.task_a, worst.task_b, "loss_rise", block)
