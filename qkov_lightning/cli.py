@@ -37,13 +37,15 @@ def main() -> None:
     if given[:1] == ["--version"]:
         sys.stdout.write(f"qkov {__version__}\n")
         return
-    if name not in COMMANDS or given[:1] in (["-h"], ["--help"]):
-        _list_commands(name if given[:1] != ["-h"] and given[:1] != ["--help"] else None)
+    asked = given[:1] in (["-h"], ["--help"])
+    if asked or name not in COMMANDS:
+        _list_commands(None if asked else name)
         return
     # Classes in the current folder can be named, as with `python -m`.
     sys.path.insert(0, str(Path.cwd()))
     from jsonargparse import auto_cli
 
+    from qkov_lightning.drift.gate import NOT_COMPARABLE, WRONG_USAGE
     from qkov_lightning.measure.encoding import HeatmapError
 
     try:
@@ -55,9 +57,9 @@ def main() -> None:
             version=__version__,
         )
     except HeatmapError as error:
-        _stop(error, 3)  # not comparable
+        _stop(error, NOT_COMPARABLE)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        _stop(error, 2)
+        _stop(error, WRONG_USAGE)
     if status:
         sys.exit(status)
 

@@ -25,7 +25,7 @@ from scipy import special, stats
 from qkov_lightning.drift.comparability import NotComparableError, check_comparable
 from qkov_lightning.drift.quantities import KINDS, Kind, Quantities, judged_pairs, quantities_of
 from qkov_lightning.heads.projections import BLOCKS, Block
-from qkov_lightning.measure.certainty import largest_clear
+from qkov_lightning.measure.certainty import largest_clear_of
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.scores.scores import HARM, SCORES
 
@@ -188,13 +188,7 @@ def check_drift(
 
 def _unit(baseline: InterferenceHeatmap, score: str) -> float:
     """What the tolerance is counted in."""
-    if SCORES[score].natural_range is not None:
-        return 1.0
-    pairs = baseline.task_pairs
-    values, errors = (
-        torch.stack([of(a, b, score) for a, b in pairs]) for of in (baseline.values, baseline.errors)
-    )
-    return largest_clear(values, errors)
+    return 1.0 if SCORES[score].natural_range is not None else largest_clear_of(baseline, score)
 
 
 def _degrees_of_freedom(heatmap: InterferenceHeatmap, num_samples: int) -> int:

@@ -15,6 +15,9 @@ from qkov_lightning.scores.scores import SCORES
 ALPHA = 0.05
 """Share of wrong cells among those that are called sure (Benjamini & Hochberg 1995)."""
 
+CLEAR = 2.0
+"""Standard errors beyond which a number is not mostly noise: a guide to the eye, corrected for nothing."""
+
 
 def sure_signs(
     heatmap: InterferenceHeatmap,
@@ -84,8 +87,17 @@ def jackknife_error(replicates: Float[Tensor, group * quantity]) -> Float[Tensor
 
 
 def largest_clear(values: Tensor, errors: Tensor) -> float:
-    """Largest size of a value beyond two standard errors; of any value if none is."""
+    """Largest size of a value beyond ``CLEAR`` standard errors; of any value if none is."""
     sizes = values[values.isfinite()].abs()
-    clear = sizes[sizes >= 2 * errors[values.isfinite()]]
+    clear = sizes[sizes >= CLEAR * errors[values.isfinite()]]
     chosen = clear if clear.numel() else sizes
     return float(chosen.max()) if chosen.numel() else 0.0
+
+
+def largest_clear_of(heatmap: InterferenceHeatmap, score: str) -> float:
+    """The same of a score, over all pairs of different tasks."""
+    values, errors = (
+        torch.stack([of(a, b, score) for a, b in heatmap.task_pairs])
+        for of in (heatmap.values, heatmap.errors)
+    )
+    return largest_clear(values, errors)

@@ -86,7 +86,7 @@ class InterferenceHeatmap:
 
     def __repr__(self) -> str:
         tasks, shape = ", ".join(map(repr, self.tasks)), f"{self.num_layers} layers x {self.num_heads} heads"
-        return f"<InterferenceHeatmap of {tasks}: {shape}, epoch {self.epoch}, step {self.step}>"
+        return f"<InterferenceHeatmap of {tasks}: {shape}, {self.when}>"
 
     def _repr_html_(self) -> str:
         from qkov_lightning.views.notebook import to_html
@@ -160,7 +160,17 @@ class InterferenceHeatmap:
 
         All pairs of up to four tasks; ten tasks have ninety. Files have them all.
         """
-        return tuple((pair.task_a, pair.task_b) for pair in self.verdict.pairs[:MAX_SHOWN_PAIRS])
+        return tuple(pair.tasks for pair in self.verdict.pairs[:MAX_SHOWN_PAIRS])
+
+    @property
+    def shown_scores(self) -> list[str]:
+        """Names of the scores, that of the verdict first."""
+        return sorted(self.scores, key=lambda score: score != HARM)
+
+    @property
+    def when(self) -> str:
+        """When it was measured, for people."""
+        return f"epoch {self.epoch}, step {self.step}"
 
     @property
     def samples_per_task(self) -> dict[str, int]:

@@ -29,13 +29,15 @@ class Part:
         rise: Predicted rise of the loss. Under grouped-query attention, a shared K or V head counts in equal
             parts for the query heads that it serves.
         standard_error: Of the rise, as in :class:`PairVerdict`.
-        num_harmful: Its cells that surely hurt.
-        num_helpful: Its cells that surely help.
+        num_cells: Its cells that were tested.
+        num_harmful: Those that surely hurt.
+        num_helpful: Those that surely help.
     """
 
     name: str
     rise: float
     standard_error: float
+    num_cells: int
     num_harmful: int
     num_helpful: int
 
@@ -68,6 +70,11 @@ class PairVerdict:
     heads: tuple[Part, ...]
     layers: tuple[Part, ...]
     blocks: tuple[Part, ...]
+
+    @property
+    def tasks(self) -> tuple[str, str]:
+        """The task that is hurt or helped, and the one that pushes."""
+        return self.task_a, self.task_b
 
     @property
     def num_cells(self) -> int:
@@ -119,6 +126,12 @@ class Verdict:
         return tuple(sorted((cell for pair in self.pairs for cell in pair.harmful), key=lambda c: -c.value))
 
     @property
+    def worst(self) -> tuple[Cell, ...]:
+        """What to look at first: those with sure harm, or else the undecided ones; the largest rise first."""
+        undecided = (cell for pair in self.pairs for cell in pair.undecided)
+        return self.harmful or tuple(sorted(undecided, key=lambda cell: -cell.value))
+
+    @property
     def helpful(self) -> tuple[Cell, ...]:
         """Cells with sure help in any pair, the largest fall of a loss first."""
         return tuple(sorted((cell for pair in self.pairs for cell in pair.helpful), key=lambda c: c.value))
@@ -161,7 +174,7 @@ class Verdict:
             KeyError: If it was not judged.
         """
         for pair in self.pairs:
-            if (pair.task_a, pair.task_b) == (a, b):
+            if pair.tasks == (a, b):
                 return pair
         raise KeyError(f"{a} <- {b} was not judged.")
 
@@ -226,7 +239,8 @@ def _pair(
     def part(name: str, weight: Float[Tensor, "layer head block"]) -> Part:
         own = signs[weight > 0]
         rise, error = _sum(heatmap, a, b, weight)
-        return Part(name, rise, error, int((own > 0).sum()), int((own < 0).sum()))
+        counts = (int(which.sum()) for which in (~own.isnan(), own > 0, own < 0))
+        return Part(name, rise, error, *counts)
 
     def only(*where: int | slice) -> Float[Tensor, "layer head block"]:
         weight = torch.zeros_like(everything)

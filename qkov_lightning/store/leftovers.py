@@ -43,9 +43,9 @@ def find_leftovers(root: Path) -> list[Leftover]:
         raise FileNotFoundError(f"No folder {root}: expected the folder of a run, or one above.")
     found = []
     for marker in sorted(root.rglob(MARKER)):
-        signature, _, owner = (
-            marker.read_text("utf-8", errors="replace").partition(" ") if marker.is_file() else ("",) * 3
-        )
+        if not marker.is_file():
+            continue
+        signature, _, owner = marker.read_text("utf-8", errors="replace").partition(" ")
         if signature == SIGNATURE:
             size = sum(path.stat().st_size for path in marker.parent.rglob("*") if path.is_file())
             found.append(Leftover(marker.parent, size, _runs(owner)))
@@ -72,6 +72,6 @@ def _runs(owner: str) -> bool:
         os.kill(int(process), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # of another user
+        pass
     return True

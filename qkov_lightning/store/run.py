@@ -41,6 +41,7 @@ class RunStore:
         coordinates: Weights that are kept of each head; None if all are.
         chosen: "factors" or "sampled"; empty until the first captured step decides.
         fisher_step: First captured step that the newest Fisher does not hold.
+        is_needed: Whether a checkpoint of this run says where the cache is.
 
     Raises:
         CacheError: If the directory cannot be written.
@@ -71,7 +72,7 @@ class RunStore:
         self.cache.keep_from(0)
         self._fold_every, self._since_fold = 1, 0  # captured steps
         self._checkpointed = [(0, 0)]  # batches and Fisher of the last two checkpoints
-        self._is_needed = False  # by a checkpoint
+        self.is_needed = False
         self._num_unusable = 0  # steps seen before the choice that have no finite gradient
         self._marker = directory / MARKER
         if processes.is_first:
@@ -148,11 +149,6 @@ class RunStore:
             warnings.warn(
                 f"The gradient cache {self.cache.directory} could not be removed: {error}", stacklevel=2
             )
-
-    @property
-    def is_needed(self) -> bool:
-        """Whether a checkpoint of this run says where the cache is."""
-        return self._is_needed
 
     # Exact or sampled
 
@@ -250,7 +246,7 @@ class RunStore:
         Raises:
             CacheError: If the cache cannot be written.
         """
-        self._is_needed = True
+        self.is_needed = True
         self._checkpointed = [*self._checkpointed, (step, self.fisher_step)][-2:]
         self.cache.note_checkpoint(step)
 
@@ -311,7 +307,7 @@ class RunStore:
                 adopt_directory(drawn.parent, self._coordinates_path().parent)
             self._keep(_loaded(self._coordinates_path()))
         self.chosen = stored if stored == "factors" or self.coordinates else ""
-        self._checkpointed, self._is_needed = [(step, self.fisher_step)], True
+        self._checkpointed, self.is_needed = [(step, self.fisher_step)], True
 
 
 def _loaded(path: Path) -> Coordinates:

@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 
 from qkov_lightning.measure.cells import Cell
+from qkov_lightning.measure.certainty import CLEAR
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_key, pair_label, readable
 from qkov_lightning.measure.verdict import PairVerdict, Verdict
-
-
-def caption(heatmap: InterferenceHeatmap) -> str:
-    """When it was measured."""
-    return f"epoch {heatmap.epoch}, step {heatmap.step}"
 
 
 def headline(verdict: Verdict) -> str:
@@ -61,7 +57,7 @@ def predicted_rise(pair: PairVerdict) -> str:
 
 def direction(pair: PairVerdict) -> str:
     """What the rise as a whole comes to, beyond two standard errors: hurts, helps, or nothing."""
-    if not abs(pair.rise) >= 2 * pair.standard_error or not pair.rise:
+    if not abs(pair.rise) >= CLEAR * pair.standard_error or not pair.rise:
         return ""
     return "hurts" if pair.rise > 0 else "helps"
 

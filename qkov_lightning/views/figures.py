@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.certainty import largest_clear
+from qkov_lightning.measure.certainty import largest_clear_of
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_label, printable, readable
 from qkov_lightning.scores.scores import HARM
@@ -34,9 +33,7 @@ def score_scale(heatmap: InterferenceHeatmap, score: str) -> Scale:
     Elsewhere it ends at the largest value that is beyond two standard errors, if there is one: a value that
     is mostly noise would leave the others without colour, and has the last colour itself.
     """
-    values = torch.stack([heatmap.values(a, b, score) for a, b in heatmap.task_pairs])
-    errors = torch.stack([heatmap.errors(a, b, score) for a, b in heatmap.task_pairs])
-    return scale_of(score, len(heatmap.tasks), largest_clear(values, errors))
+    return scale_of(score, len(heatmap.tasks), largest_clear_of(heatmap, score))
 
 
 def num_heads_of(heatmap: InterferenceHeatmap) -> list[int]:
@@ -68,15 +65,12 @@ def heatmap_figure(heatmap: InterferenceHeatmap, a: str, b: str, score: str = HA
     marks = marks_of(heatmap, a, b, score).numpy()
     scale = score_scale(heatmap, score)
     heads = num_heads_of(heatmap)
-    # Positions in inches: a layout engine takes longer than the drawing itself.
-    cell = min(0.42, max(0.08, 6.0 / max(heatmap.num_layers, sum(heads) / 2)))
-    cell_width = max(cell, 4.6 / sum(heads))
-    across, down = (sum(heads) + len(heads) - 1) * cell_width, max(heatmap.num_layers * cell, 1.5)
+    across, down = _axis_inches(heatmap.num_layers, heads)
     samples = heatmap.samples_per_task
     counts = ", ".join(f"{printable(readable(task))} {samples[task]}" for task in dict.fromkeys((a, b)))
     page = Page.of(
         f"{score}: {printable(pair_label(a, b))}",
-        f"{scale.meaning} · epoch {heatmap.epoch}, step {heatmap.step} · samples: {counts}",
+        f"{scale.meaning} · {heatmap.when} · samples: {counts}",
         marks_legend(score),
         across,
         down,
@@ -90,7 +84,12 @@ def heatmap_figure(heatmap: InterferenceHeatmap, a: str, b: str, score: str = HA
     label_facets(page.axis, columns, [(0, heatmap.num_layers)])
     for block, (first, count) in zip(BLOCKS, columns, strict=True):
         page.axis.text(
-            first + (count - 1) / 2, -0.5 - 0.06 / cell, block, ha="center", va="bottom", fontweight="bold"
+            first + (count - 1) / 2,
+            -0.5 - 0.06 * heatmap.num_layers / down,
+            block,
+            ha="center",
+            va="bottom",
+            fontweight="bold",
         )
     page.axis.set_ylabel("layer")
     page.axis.set_xlabel("head")
@@ -114,13 +113,17 @@ def cells_figure(
         title: First line.
         facts: Line below the title.
     """
-    layers = len(values)
-    cell = min(0.42, max(0.08, 6.0 / max(layers, sum(num_heads) / 2)))
-    width = (sum(num_heads) + len(num_heads) - 1) * max(cell, 4.6 / sum(num_heads))
-    page = Page.of(title, facts, f"{HATCHES['no data'][:2]} nothing", width, max(layers * cell, 1.5))
+    page = Page.of(title, facts, f"{HATCHES['no data'][:2]} nothing", *_axis_inches(len(values), num_heads))
     draw_strip(page.axis, values, num_heads, scale)
     page.draw_bar(scale)
     return page.figure
+
+
+def _axis_inches(num_layers: int, num_heads: Sequence[int]) -> tuple[float, float]:
+    """Width and height of an axis with the four facets; a layout engine takes longer than the drawing."""
+    cell = min(0.42, max(0.08, 6.0 / max(num_layers, sum(num_heads) / 2)))
+    columns = sum(num_heads) + len(num_heads) - 1
+    return columns * max(cell, 4.6 / sum(num_heads)), max(num_layers * cell, 1.5)
 
 
 def marks_legend(score: str) -> str:

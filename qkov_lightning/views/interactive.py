@@ -10,7 +10,6 @@ from matplotlib import colormaps
 from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_label, printable
-from qkov_lightning.scores.scores import HARM
 from qkov_lightning.views.facets import Scale
 from qkov_lightning.views.figures import marks_legend, missing_cells, num_heads_of, score_scale
 from qkov_lightning.views.marks import marks_of
@@ -103,9 +102,8 @@ def interactive_heatmap(heatmap: InterferenceHeatmap, a: str, b: str) -> Any:
     figure = subplots.make_subplots(
         1, 4, shared_yaxes=True, column_widths=heads, horizontal_spacing=0.02, subplot_titles=BLOCKS
     )
-    scores = [HARM, *(score for score in heatmap.scores if score != HARM)]
-    views = {score: facet_data(heatmap, a, b, score) for score in scores}
-    first = scores[0]
+    views = {score: facet_data(heatmap, a, b, score) for score in heatmap.shown_scores}
+    first = next(iter(views))
     for column, facet in enumerate(views[first], start=1):
         figure.add_trace(
             graph.Heatmap(
@@ -144,7 +142,7 @@ def interactive_heatmap(heatmap: InterferenceHeatmap, a: str, b: str) -> Any:
         for score, view in views.items()
     ]  # fmt: skip
     figure.update_layout(
-        title={"text": f"{plain(pair_label(a, b))}<br><sub>epoch {heatmap.epoch}, step {heatmap.step} · "
+        title={"text": f"{plain(pair_label(a, b))}<br><sub>{heatmap.when} · "
                f"{plain(marks_legend(first).partition('    //')[0])}</sub>"},
         coloraxis=colour_axis(score_scale(heatmap, first)),
         plot_bgcolor="white",

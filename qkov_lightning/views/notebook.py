@@ -7,7 +7,7 @@ import html
 
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import printable
-from qkov_lightning.views.answer import answer, caption
+from qkov_lightning.views.answer import answer
 from qkov_lightning.views.overview import overview
 from qkov_lightning.views.page import DPI, render, to_png
 
@@ -20,6 +20,6 @@ def to_html(heatmap: InterferenceHeatmap) -> str:
     lines = "".join(f"<li>{line}</li>" for line in others)
     width = image.shape[1] * 96 // DPI
     return (
-        f"<p><b>{first}</b> ({caption(heatmap)})</p><ul>{lines}</ul>"
+        f"<p><b>{first}</b> ({heatmap.when})</p><ul>{lines}</ul>"
         f'<img alt="{first}" style="max-width:100%" width="{width}" src="data:image/png;base64,{data}">'
     )

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.certainty import largest_clear
+from qkov_lightning.measure.certainty import CLEAR, largest_clear
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_label, printable
+from qkov_lightning.measure.verdict import Part
 from qkov_lightning.scores.scores import HARM
 from qkov_lightning.views.answer import headline
 from qkov_lightning.views.facets import Facet, draw_facets, label_facets, scale_of
-from qkov_lightning.views.marks import marks_of
 from qkov_lightning.views.page import Page
 
 MAX_SQUARE = 4
@@ -43,13 +43,14 @@ def overview(heatmap: InterferenceHeatmap) -> Figure:
         A figure of its own, unknown to pyplot.
     """
     places = _places(heatmap)
-    parts = [part for pair in places for part in heatmap[pair].heads]
-    rises = {pair: _clear_rises(heatmap, *pair) for pair in places}
+    parts = {pair: heatmap[pair].heads for pair in places}
     rise, error = (
-        torch.tensor([getattr(part, name) for part in parts]) for name in ("rise", "standard_error")
+        torch.tensor([getattr(part, name) for own in parts.values() for part in own])
+        for name in ("rise", "standard_error")
     )
     scale = scale_of(HARM, len(heatmap.tasks), largest_clear(rise, error))
-    height, width = heatmap.num_layers, next(iter(rises.values())).shape[1]
+    exists = _existing_heads(heatmap)
+    height, width = exists.shape
     rows, columns = (max(place[axis] for place in places.values()) + 1 for axis in (0, 1))
     # Panels of about the same size whatever the model; positions in inches.
     panel_width, panel_height = min(4.0, max(2.4, 0.12 * width)), min(4.0, max(1.1, 0.07 * height))
@@ -57,23 +58,16 @@ def overview(heatmap: InterferenceHeatmap) -> Figure:
     gap_across, gap_down = (max(1, round(0.45 / size)) for size in (cell_width, cell_height))
     page = Page.of(
         "Predicted rise of the loss, all blocks of a head together",
-        f"{headline(heatmap.verdict)} · epoch {heatmap.epoch}, step {heatmap.step}",
+        f"{headline(heatmap.verdict)} · {heatmap.when}",
         LEGEND,
         (columns * width + (columns - 1) * gap_across) * cell_width,
         (rows * height + (rows - 1) * gap_down) * cell_height,
     )
     facets = []
     for pair, (row, column) in places.items():
-        values = rises[pair].numpy()
-        facets.append(
-            Facet(
-                values,
-                row * (height + gap_down),
-                column * (width + gap_across),
-                {"no data": _no_data(heatmap, values)},
-                _head_marks(heatmap, *pair).numpy(),
-            )
-        )
+        values, marks = _per_head(parts[pair], exists.shape)
+        missing = {"no data": exists & np.isnan(values)}
+        facets.append(Facet(values, row * (height + gap_down), column * (width + gap_across), missing, marks))
         page.axis.text(
             facets[-1].column + (width - 1) / 2,
             facets[-1].row - 0.5 - 0.06 / cell_height,
@@ -109,46 +103,28 @@ def _places(heatmap: InterferenceHeatmap) -> dict[tuple[str, str], tuple[int, in
     return {pair: divmod(index, ACROSS) for index, pair in enumerate(heatmap.shown_pairs)}
 
 
-def _clear_rises(heatmap: InterferenceHeatmap, a: str, b: str) -> Float[Tensor, "layer query_head"]:
-    """Rise of each head; 0 within two standard errors of it: noise would have the deepest colours."""
-    rises = _per_head(heatmap, heatmap.values(a, b, HARM))
-    for part in heatmap[a, b].heads:
-        layer, head = (int(place[1:]) for place in part.name.split("."))
-        if abs(part.rise) < 2 * part.standard_error:
-            rises[layer, head] = 0.0
-    return rises
-
-
 def _per_head(
-    heatmap: InterferenceHeatmap, values: Float[Tensor, "layer head block"], extensive: bool = True
-) -> Float[Tensor, "layer query_head"]:
-    """Sum over the blocks of each query head; of a shared K or V head its part. NaN without any data."""
-    num_heads = max(
-        info.num_heads * info.query_group for layer in heatmap.layers for info in layer.blocks.values()
-    )
-    total = torch.zeros(heatmap.num_layers, num_heads, dtype=values.dtype)
-    seen = torch.zeros(total.shape, dtype=torch.bool)
-    for index, layer in enumerate(heatmap.layers):
-        for block, info in layer.blocks.items():
-            own = values[index, : info.num_heads, BLOCKS.index(block)].repeat_interleave(info.query_group)
-            total[index, : len(own)] += own.nan_to_num() / (info.query_group if extensive else 1)
-            seen[index, : len(own)] |= ~own.isnan()
-    return torch.where(seen, total, torch.nan)
+    parts: Sequence[Part], shape: tuple[int, ...]
+) -> tuple[Float[np.ndarray, "layer query_head"], Float[np.ndarray, "layer query_head"]]:
+    """Rise of each head, NaN without data, and its mark.
+
+    The rise is 0 within two standard errors of it: noise would have the deepest colours.
+    """
+    values, marks = np.full(shape, np.nan), np.zeros(shape)
+    for part in parts:
+        if part.num_cells:
+            layer, head = (int(place[1:]) for place in part.name.split("."))
+            values[layer, head] = part.rise if abs(part.rise) >= CLEAR * part.standard_error else 0.0
+            marks[layer, head] = 1 if part.num_harmful else -1 if part.num_helpful else 0
+    return values, marks
 
 
-def _head_marks(heatmap: InterferenceHeatmap, a: str, b: str) -> Float[Tensor, "layer query_head"]:
-    marks = marks_of(heatmap, a, b, HARM)
-    hurting, helping = (_per_head(heatmap, (marks == sign).double(), extensive=False) for sign in (1, -1))
-    return torch.where(hurting > 0, 1.0, torch.where(helping > 0, -1.0, 0.0))
-
-
-def _no_data(heatmap: InterferenceHeatmap, values: np.ndarray) -> np.ndarray:
-    """Heads that exist and have no value."""
-    missing = np.zeros(values.shape, dtype=bool)
-    for index, layer in enumerate(heatmap.layers):
-        heads = max((info.num_heads * info.query_group for info in layer.blocks.values()), default=0)
-        missing[index, :heads] = np.isnan(values[index, :heads])
-    return missing
+def _existing_heads(heatmap: InterferenceHeatmap) -> Bool[np.ndarray, "layer query_head"]:
+    heads = [
+        max((info.num_heads * info.query_group for info in layer.blocks.values()), default=0)
+        for layer in heatmap.layers
+    ]
+    return np.arange(max(heads)) < np.array(heads)[:, None]
 
 
 def _short(label: str, inches: float) -> str:

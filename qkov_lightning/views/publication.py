@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_key
 from qkov_lightning.scores.scores import HARM, SCORES
-from qkov_lightning.views.answer import caption
 from qkov_lightning.views.figures import heatmap_figure
 from qkov_lightning.views.overview import overview
 from qkov_lightning.views.page import render, save_image
@@ -45,7 +44,7 @@ class Publication:
     step: int
     caption: str
     images: dict[str, np.ndarray]
-    heatmap: InterferenceHeatmap | None = field(default=None)
+    heatmap: InterferenceHeatmap | None = None
 
     @classmethod
     def of(
@@ -62,7 +61,7 @@ class Publication:
         for score in dict.fromkeys((HARM, *scores)):
             for a, b in heatmap.shown_pairs[: None if score in scores else MAX_DRAWN]:
                 images[f"pair/{score}_{pair_key(a, b)}"] = render(heatmap_figure(heatmap, a, b, score))
-        return cls(name, heatmap.step, caption(heatmap), images, heatmap)
+        return cls(name, heatmap.step, heatmap.when, images, heatmap)
 
     def tagged(self) -> Iterator[tuple[str, np.ndarray]]:
         """Pictures with their whole tags."""

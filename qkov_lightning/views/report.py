@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from qkov_lightning.capture.samples import MAX_TEXT
 from qkov_lightning.heads.projections import BLOCKS
 from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
@@ -36,7 +37,6 @@ MAX_NUMBERS = 3_000_000
 """Numbers in one page, about 25 MB: beyond, snapshots are left out evenly, and the page says so."""
 
 MAX_WORST = 8
-MAX_TEXT = 120
 
 
 def write_report(histories: Sequence[RunHistory], path: Path) -> None:
@@ -82,8 +82,8 @@ def _run(history: RunHistory, max_numbers: int) -> dict[str, Any]:
     kept = _thinned(same, max(2, max_numbers // per_frame))
     heads = num_heads_of(last)
     # The same order in every frame: that of the last verdict.
-    pairs = [(pair.task_a, pair.task_b) for pair in last.verdict.pairs]
-    scores = [HARM, *(score for score in last.scores if score != HARM)]
+    pairs = [pair.tasks for pair in last.verdict.pairs]
+    scores = last.shown_scores
     samples = ", ".join(f"{readable(task)} {count}" for task, count in last.samples_per_task.items())
     facts = {
         "heatmaps": f"{len(kept)} of {len(history.heatmaps)}",
@@ -140,11 +140,8 @@ def _frame(
 
 def _answer(heatmap: InterferenceHeatmap, pairs: Sequence[tuple[str, str]], name: str) -> dict[str, Any]:
     verdict = heatmap.verdict
-    worst = verdict.harmful or sorted(
-        (cell for pair in verdict.pairs for cell in pair.undecided), key=lambda cell: -cell.value
-    )
     cells = []
-    for cell in worst[:MAX_WORST]:
+    for cell in verdict.worst[:MAX_WORST]:
         pair = verdict.pair(cell.task_a, cell.task_b)
         does = verb(cell, pair)
         share = f"hurts, {pair.share(cell):.0%}" if does == "hurts" else does
@@ -178,13 +175,13 @@ def _answer(heatmap: InterferenceHeatmap, pairs: Sequence[tuple[str, str]], name
 
 def _sample_pair(pair: SamplePair, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
     a, b = map(printable, sample_names(pair, MAX_TEXT))
-    verb = "is moved" if pair.harm is None else "is hurt" if pair.harm > 0 else "is helped"
+    does = "is moved" if pair.harm is None else "is hurt" if pair.harm > 0 else "is helped"
     where = pairs.index((pair.task_a, pair.task_b)) if (pair.task_a, pair.task_b) in pairs else -1
     return {
         "pair": where,
         "a": a,
         "b": b,
-        "verb": verb,
+        "verb": does,
         "name": pair.name,
         "harm": pair.harm,
         "value": pair.value,

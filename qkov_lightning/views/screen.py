@@ -12,7 +12,6 @@ from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.names import pair_label, printable, readable
 from qkov_lightning.measure.verdict import PairVerdict, Verdict
 from qkov_lightning.views.answer import (
-    caption,
     direction,
     headline,
     next_steps,
@@ -45,7 +44,7 @@ def epoch_lines(heatmap: InterferenceHeatmap, run: str | None = None) -> Group:
         run: Where the rest is, as ``qkov show`` takes it.
     """
     verdict = heatmap.verdict
-    lines = [Text.assemble((f"Interference, {caption(heatmap)}: ", "bold"), short_headline(verdict))]
+    lines = [Text.assemble((f"Interference, {heatmap.when}: ", "bold"), short_headline(verdict))]
     lines += [Text(f"  {short_pair_answer(pair)}") for pair in verdict.pairs[:MAX_LINES] if pair.harmful]
     if (enough := sufficiency(verdict)) is not None:
         lines.append(Text(f"  {enough}"))
@@ -63,7 +62,7 @@ def screen(heatmap: InterferenceHeatmap, run: str) -> Group:
     """
     verdict = heatmap.verdict
     head: list[RenderableType] = [
-        Text(f"Interference, {caption(heatmap)}", style="bold"),
+        Text(f"Interference, {heatmap.when}", style="bold"),
         Text(headline(verdict)),
         "",
     ]
@@ -92,7 +91,7 @@ def _one_line(text: Text) -> Text:
 
 def _shown_tasks(heatmap: InterferenceHeatmap) -> list[str]:
     """The tasks of the worst pairs, in the order of the heatmap."""
-    first = dict.fromkeys(task for pair in heatmap.verdict.pairs for task in (pair.task_a, pair.task_b))
+    first = dict.fromkeys(task for pair in heatmap.verdict.pairs for task in pair.tasks)
     return [task for task in heatmap.tasks if task in list(first)[:MAX_TASKS]]
 
 
@@ -106,7 +105,7 @@ def _rises(heatmap: InterferenceHeatmap, tasks: Sequence[str]) -> Table:
     table.add_column("", no_wrap=True, min_width=max(len(_short(task)) for task in tasks))
     for task in tasks:
         table.add_column(Text(f"<- {_short(task)}"), justify="left", no_wrap=True)
-    judged = {(pair.task_a, pair.task_b): pair for pair in heatmap.verdict.pairs}
+    judged = {pair.tasks: pair for pair in heatmap.verdict.pairs}
     for a in tasks:
         row = [Text(_short(a), style="bold")]
         for b in tasks:
@@ -129,16 +128,12 @@ def _counts(pair: PairVerdict, both: bool) -> str:
 
 def _worst(verdict: Verdict, room: int) -> list[RenderableType]:
     """As many of the worst cells as there is room for, and what the marks mean."""
-    judged = {(pair.task_a, pair.task_b): pair for pair in verdict.pairs}
-    cells = verdict.harmful or tuple(
-        sorted((cell for pair in verdict.pairs for cell in pair.undecided), key=lambda cell: -cell.value)
-    )
-    if not cells:
+    if not verdict.worst:
         return []
     title = "Worst cells" if verdict.harmful else "Largest rises, none of them sure"
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-    for cell in cells[:room]:
-        pair = judged[cell.task_a, cell.task_b]
+    for cell in verdict.worst[:room]:
+        pair = verdict.pair(cell.task_a, cell.task_b)
         share = f"{pair.share(cell):.0%} of this pair's sure harm" if cell in pair.harmful else "undecided"
         value = plus_minus(cell.value, cell.standard_error, signed=True)
         label = Text(printable(pair_label(cell.task_a, cell.task_b)), no_wrap=True, overflow="ellipsis")

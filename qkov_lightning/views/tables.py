@@ -82,7 +82,7 @@ def select(
     if score not in heatmap.scores:
         raise SelectionError(f"Unknown score {score!r}; this heatmap has {', '.join(heatmap.scores)}.")
     if pair is None:
-        pairs = tuple((one.task_a, one.task_b) for one in heatmap.verdict.pairs)
+        pairs = tuple(one.tasks for one in heatmap.verdict.pairs)
         return Selection(pairs, score, block, top)
     for a in heatmap.tasks:
         for b in heatmap.tasks:

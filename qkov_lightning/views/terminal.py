@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from matplotlib import colormaps
 from rich.columns import Columns
 from rich.console import Group, RenderableType
@@ -95,11 +96,12 @@ def heatmap_panel(
 ) -> Panel:
     """The blocks of a task pair, layers down, heads across; shades tell the values without colour too."""
     steps = Steps.of(heatmap.values(a, b, score), score)
-    blocks = [_block(heatmap, a, b, steps, one) for one in BLOCKS if block in {None, one}]
+    marks = marks_of(heatmap, a, b, score)
+    blocks = [_block(heatmap, a, b, steps, marks, one) for one in BLOCKS if block in {None, one}]
     samples = heatmap.samples_per_task
     title = f"[bold]{_plain(pair_label(a, b))}[/]: {score}"
     counts = ", ".join(f"{_plain(readable(task))} {samples[task]}" for task in dict.fromkeys((a, b)))
-    subtitle = f"epoch {heatmap.epoch}, step {heatmap.step}, samples: {counts}"
+    subtitle = f"{heatmap.when}, samples: {counts}"
     up, down = meaning_of_marks(score)
     legend = Text(
         f"{SCORES[score].meaning}\n{steps.legend}\n{HURTS} {up}   {HELPS} {down}   // no data   xx frozen\n{SURE}",
@@ -185,7 +187,7 @@ def _parts_table(name: str, parts: Sequence[Part]) -> Table:
 
 def details(heatmap: InterferenceHeatmap, selection: Selection) -> Group:
     """Every selected pair: heatmap, cells, sample pairs; then what the layers are called."""
-    judged = {(pair.task_a, pair.task_b): pair for pair in heatmap.verdict.pairs}
+    judged = {pair.tasks: pair for pair in heatmap.verdict.pairs}
     parts: list[RenderableType] = []
     for a, b in selection.pairs:
         if (a, b) in judged:
@@ -215,7 +217,7 @@ def markdown_table(heatmap: InterferenceHeatmap, a: str, b: str, selection: Sele
 
 def _tabled(heatmap: InterferenceHeatmap, chosen: str) -> list[str]:
     """Scores that have a column in a table of 80 columns: harm, the chosen one, and the next."""
-    names = [HARM, *(name for name in heatmap.scores if name != HARM)]
+    names = heatmap.shown_scores
     return (
         names[:MAX_COLUMNS] if chosen in names[:MAX_COLUMNS] else [HARM, chosen, *names[1 : MAX_COLUMNS - 1]]
     )
@@ -229,10 +231,16 @@ def _with_errors(heatmap: InterferenceHeatmap, cell: Cell, scores: Iterable[str]
         yield plus_minus(value, error)
 
 
-def _block(heatmap: InterferenceHeatmap, a: str, b: str, steps: Steps, block: Block) -> Text:
+def _block(
+    heatmap: InterferenceHeatmap,
+    a: str,
+    b: str,
+    steps: Steps,
+    marks: Float[torch.Tensor, "layer head block"],
+    block: Block,
+) -> Text:
     column = BLOCKS.index(block)
     values = heatmap.values(a, b, steps.score)[:, :, column]
-    marks = marks_of(heatmap, a, b, steps.score)[:, :, column]
     heads = max([1, *(layer.blocks[block].num_heads for layer in heatmap.layers if block in layer.blocks)])
     # Two characters are about as wide as high; with many heads one must do, to fit into 80 columns.
     width = 2 if heads <= 34 else 1
@@ -248,7 +256,7 @@ def _block(heatmap: InterferenceHeatmap, a: str, b: str, steps: Steps, block: Bl
                 text.append("x" * width, style="dim")
             else:
                 shade, style = steps.shade(float(values[index, head]))
-                mark = {1.0: HURTS, -1.0: HELPS}.get(float(marks[index, head]), shade)
+                mark = {1.0: HURTS, -1.0: HELPS}.get(float(marks[index, head, column]), shade)
                 text.append((shade + mark)[-width:], style)
         text.append("\n")
     text.rstrip()

@@ -15,7 +15,7 @@ import copy
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from qkov_lightning import (
     find_projections,
     probe_interference,
 )
+from qkov_lightning.drift.drift import DEFAULT_SCORES
 from qkov_lightning.measure.cells import BlockInfo, Layer
 from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.probe import FISHER, MAX_GROUPS
@@ -245,30 +246,18 @@ def interval(count: int, total: int) -> str:
     return f"{count / total:.1%} | {low:.1%} to {high:.1%}"
 
 
-def false_alarms(pool: Tensor, pairs: int) -> dict[float, int]:
+def false_alarms(
+    pool: Tensor, pairs: int, measured: Callable[[Tensor, str], InterferenceHeatmap], scores: Sequence[str]
+) -> dict[float, int]:
     generator = torch.Generator().manual_seed(4)
     alarms = {0.05: 0, 0.0: 0}
     for number in range(1, pairs + 1):
         sets = draw(64, pool.shape[1], generator)
-        first, second = (measure(pick(pool, own), str(i)) for i, own in enumerate(sets))
+        first, second = (measured(pick(pool, own), str(i)) for i, own in enumerate(sets))
         for tolerance in alarms:
-            alarms[tolerance] += check_drift(first, second, scores=SCORES, tolerance=tolerance).drifted
+            alarms[tolerance] += check_drift(first, second, scores=scores, tolerance=tolerance).drifted
         if number % 50 == 0:
-            say(f"null pairs: {number} of {pairs}, alarms {alarms}")
-    return alarms
-
-
-def false_alarms_with_rises(pool: Tensor, pairs: int) -> dict[float, int]:
-    """The same by all scores of the gate, the rise of the loss among them, each group left out in turn."""
-    generator = torch.Generator().manual_seed(4)
-    alarms = {0.05: 0, 0.0: 0}
-    for number in range(1, pairs + 1):
-        sets = draw(64, pool.shape[1], generator)
-        first, second = (measure_rises(pick(pool, own), str(i)) for i, own in enumerate(sets))
-        for tolerance in alarms:
-            alarms[tolerance] += check_drift(first, second, tolerance=tolerance).drifted
-        if number % 10 == 0:
-            say(f"null pairs with rises: {number} of {pairs}, alarms {alarms}")
+            say(f"null pairs: {number} of {pairs}, alarms {alarms}, by {', '.join(scores)}")
     return alarms
 
 
@@ -367,10 +356,10 @@ def main() -> None:
     check_against_the_package(model, samples, pool)
 
     print("| tolerance | null pairs | false alarms | 95% interval |\n| --- | --- | --- | --- |")
-    for tolerance, count in false_alarms(pool, arguments.pairs).items():
+    for tolerance, count in false_alarms(pool, arguments.pairs, measure, SCORES).items():
         print(f"| {tolerance:g} | {arguments.pairs} | {interval(count, arguments.pairs)} |", flush=True)
 
-    for tolerance, count in false_alarms_with_rises(pool, arguments.rises).items():
+    for tolerance, count in false_alarms(pool, arguments.rises, measure_rises, DEFAULT_SCORES).items():
         print(
             f"| {tolerance:g}, with {HARM} | {arguments.rises} | {interval(count, arguments.rises)} |",
             flush=True,
