@@ -21,8 +21,9 @@ from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.samples import Labels, read_labels, tasks_at_hand
 from qkov_lightning.capture.strategies import check_strategy
 from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.heads.weights import adaptive_rates, is_trainable
+from qkov_lightning.heads.weights import adaptive_rates
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.measurement import Rates
 from qkov_lightning.measure.probe import Probe, find_probe, probe_interference
@@ -359,7 +360,7 @@ class InterferenceMonitor(Callback):
         return {
             (projection.layer, projection.block): adaptive_rates(pl_module, projection, trainer.optimizers)
             for projection in self._projections
-            if is_trainable(pl_module.get_submodule(projection.module_name))
+            if find_map(pl_module, projection).is_trainable
         }
 
     # Where it shows

@@ -21,8 +21,8 @@ from qkov_lightning.capture.rehearsal import Loss
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.single_sample import WeightGradients, take_sample
 from qkov_lightning.capture.taps import CaptureWarning, GradientCapture
+from qkov_lightning.heads.maps import LinearMap, find_map
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.heads.weights import is_trainable
 
 FLOOR = 1e-3
 """Share of a sample's whole gradient below which a cell's own norm is no measure: its digits are rounding."""
@@ -180,10 +180,10 @@ class AutogradComparison:
     projections: Sequence[Projection]
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def maps(self) -> dict[str, LinearMap]:
         """The projections that train."""
-        modules = {p.module_name: self.model.get_submodule(p.module_name) for p in self.projections}
-        return {name: module for name, module in modules.items() if is_trainable(module)}
+        maps = {p.module_name: find_map(self.model, p) for p in self.projections}
+        return {name: one for name, one in maps.items() if one.is_trainable}
 
     def compare(self) -> Comparison:
         """Capture the batch, and run autograd on one sample after the other.
@@ -192,11 +192,11 @@ class AutogradComparison:
             ValueError: If no projection trains, the loss is no finite number, or samples cannot be told
                 apart.
         """
-        if not self.modules:
+        if not self.maps:
             raise ValueError("All attention projections are frozen, expected at least one that trains.")
         step, problems = self._capture()
-        trained = [p for p in self.projections if p.module_name in self.modules]
-        weights = WeightGradients(self.modules)
+        trained = [p for p in self.projections if p.module_name in self.maps]
+        weights = WeightGradients(self.maps)
         rows: list[list[Tensor]] = []
         seen = dict.fromkeys(range(len(trained)), False)
         for n in range(len(step.samples)):
@@ -249,7 +249,7 @@ class AutogradComparison:
         ]
 
     def _capture(self) -> tuple[CapturedStep, list[str]]:
-        trainable = [p for module in self.modules.values() for p in module.parameters() if p.requires_grad]
+        trainable = [p for one in self.maps.values() for p in one.parameters if p.requires_grad]
         with GradientCapture(self.model, self.projections, self.loss_reduction) as capture:
             capture.start()
             loss = self.run(self.batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -90,9 +90,9 @@ def inside_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def accumulator(module: nn.Module) -> Any:
-    """The autograd node that adds to the ``.grad`` of a module's first trainable parameter, if it has one."""
-    for parameter in module.parameters():
+def accumulator(parameters: Sequence[nn.Parameter]) -> Any:
+    """The autograd node that adds to the ``.grad`` of the first of them that trains, if one does."""
+    for parameter in parameters:
         if parameter.requires_grad:
             return torch.autograd.graph.get_gradient_edge(parameter).node
     return None

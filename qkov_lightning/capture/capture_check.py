@@ -211,9 +211,12 @@ def _wrong_reduction(check: AutogradComparison, comparison: Comparison, toleranc
 def _shared_weights(check: AutogradComparison, comparison: Comparison, tolerance: float) -> Iterator[str]:
     failures = comparison.verification(check.projections, tolerance).failures
     for name in dict.fromkeys(cell.projection.module_name for cell in failures):
-        weight = check.modules[name]._parameters.get("weight")
+        own = check.maps[name]
+        weights = {id(p) for p in own.parameters if p.ndim > 1}
         for other, module in check.model.named_modules():
-            if other != name and any(weight is p for p in module._parameters.values() if p is not None):
+            parts = {part.name.removesuffix(".weight") for part in own.parts}
+            held = {id(p) for p in module._parameters.values() if p is not None}
+            if other not in {name, *parts} and weights & held and all(part.module for part in own.parts):
                 yield (
                     f"`{name}` shares its weight with `{other}`: captured is the gradient of its own use of it, autograd sees "
                     "both."

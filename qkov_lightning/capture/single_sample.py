@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qkov_lightning.heads.maps import LinearMap, MapPart
+
 
 def take_sample(batch: Any, index: int, num_samples: int) -> Any:
     """A batch of one: entry ``index`` of all that has one entry per sample, the rest as it is.
@@ -46,11 +48,12 @@ class WeightGradients:
     gradient of the effective weight: of a matrix of zeros that is added to it.
 
     Args:
-        modules: Linear modules, and packed attention modules, by name.
+        maps: Linear maps by name.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self._modules = modules
+    def __init__(self, maps: Mapping[str, LinearMap]) -> None:
+        self._maps = maps
+        self._parts = {part.name: part for one in maps.values() for part in one.parts}
         self._added: dict[str, Tensor] = {}
 
     @contextmanager
@@ -58,9 +61,9 @@ class WeightGradients:
         """Add zeros to the weights that are not there. One forward pass."""
         self._added.clear()
         handles = [
-            module.register_forward_hook(self._add(name), with_kwargs=True)
-            for name, module in self._modules.items()
-            if _own_weight(module) is None
+            part.module.register_forward_hook(self._add(name), with_kwargs=True)
+            for name, part in self._parts.items()
+            if _own_weight(part) is None and part.module is not None
         ]
         try:
             yield
@@ -69,14 +72,19 @@ class WeightGradients:
                 handle.remove()
 
     def of(self, loss: Tensor) -> dict[str, Float[Tensor, "d_out d_in"]]:
-        """Weight gradients by module name, output features first, of the modules that the loss depends on."""
-        leaves = {name: _own_weight(module) for name, module in self._modules.items()} | self._added
+        """Weight gradients by map name, output features first, of the maps that the loss depends on."""
+        leaves = {name: _own_weight(part) for name, part in self._parts.items()} | self._added
         known = {name: leaf for name, leaf in leaves.items() if leaf is not None}
         gradients = torch.autograd.grad(loss, list(known.values()), allow_unused=True)
-        return {
-            name: gradient if name in self._added or _outputs_first(self._modules[name]) else gradient.T
+        by_part = {
+            name: gradient if name in self._added else _outputs_first(self._parts[name], gradient)
             for name, gradient in zip(known, gradients, strict=True)
             if gradient is not None
+        }
+        return {
+            name: torch.cat([by_part[part.name] for part in one.parts])
+            for name, one in self._maps.items()
+            if all(part.name in by_part for part in one.parts)
         }
 
     def _add(self, name: str) -> Callable[..., Tensor]:
@@ -92,12 +100,19 @@ class WeightGradients:
         return hook
 
 
-def _own_weight(module: nn.Module) -> Tensor | None:
-    packed = isinstance(module, nn.MultiheadAttention)
-    weight = module._parameters.get("in_proj_weight" if packed else "weight")
-    return weight if weight is not None and weight.requires_grad and weight.ndim == 2 else None
+def _own_weight(part: MapPart) -> Tensor | None:
+    if part.module is None:
+        return part.parameters[0]
+    packed = isinstance(part.module, nn.MultiheadAttention)
+    weight = part.module._parameters.get("in_proj_weight" if packed else "weight")
+    is_whole = weight is not None and weight.numel() == part.num_inputs * part.num_outputs
+    return weight if weight is not None and weight.requires_grad and weight.ndim > 1 and is_whole else None
 
 
-def _outputs_first(module: nn.Module) -> bool:
-    """False for the Conv1D of GPT-2, which has no ``in_features``."""
-    return isinstance(module, nn.MultiheadAttention) or hasattr(module, "in_features")
+def _outputs_first(part: MapPart, gradient: Tensor) -> Float[Tensor, "d_out d_in"]:
+    if part.input_axes is not None:
+        others = [axis for axis in range(gradient.ndim) if axis not in part.input_axes]
+        gradient = gradient.permute(*others, *part.input_axes)
+    elif part.module is not None and gradient.ndim == 2 and hasattr(part.module, "nf"):  # the Conv1D of GPT-2
+        gradient = gradient.T
+    return gradient.reshape(part.num_outputs, part.num_inputs)

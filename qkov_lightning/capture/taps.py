@@ -10,6 +10,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,12 @@ from qkov_lightning.capture.calls import (
 from qkov_lightning.capture.factors import CapturedStep, Delivery, GradientFactors, fits, inputs_of, join
 from qkov_lightning.capture.joinings import Joining
 from qkov_lightning.capture.loss_terms import LossTerm, read_loss
+from qkov_lightning.capture.placing import side_by_side, widened
 from qkov_lightning.capture.reductions import ReductionChoice, check_rows, joining
 from qkov_lightning.capture.samples import Labels, current_labels
-from qkov_lightning.heads.multihead import MultiheadLinears
+from qkov_lightning.heads.maps import LinearMap, MapPart, find_map
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.heads.weights import is_trainable
+from qkov_lightning.heads.watching import MapWatcher, Piece, Product, on_call
 
 
 class CaptureWarning(UserWarning):
@@ -102,10 +104,12 @@ class GradientCapture:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._modules = {p.module_name: model.get_submodule(p.module_name) for p in projections}
-        owners = {name.removesuffix("out_proj").removesuffix(".") for name in self._modules}
-        candidates = {name: model.get_submodule(name) for name in sorted(owners)}
-        self._packed = {n: m for n, m in candidates.items() if isinstance(m, nn.MultiheadAttention)}
+        self._model = model
+        self._maps: dict[str, LinearMap] = {p.module_name: find_map(model, p) for p in projections}
+        self._outgoing = {name for p in projections if p.block == "O" for name in p.map_names}
+        self._parts: dict[str, MapPart] = {
+            part.name: part for one in self._maps.values() for part in one.parts
+        }
         self._loss_reduction = loss_reduction
         self._rank, self._world_size = rank, world_size
         self.numbering: Counter[str] = Counter()
@@ -148,17 +152,20 @@ class GradientCapture:
         """
         self._reset()
         self._active = True
-        for name, module in self._modules.items():
-            if not isinstance(module, nn.MultiheadAttention):
-                hook = _Hook(self._hook(name, module))
-                self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
-        for name, attention in self._packed.items():
-            self._handles += self._watch_packed(name, attention)
+        containers: dict[str, list[str]] = {}
+        for name, part in self._parts.items():
+            if part.container is not None:
+                containers.setdefault(part.container, []).append(name)
+            elif part.module is not None:
+                hook = _Hook(self._hook(part, part.module))
+                self._handles.append(part.module.register_forward_hook(hook, with_kwargs=True))
+        for container, names in containers.items():
+            self._handles += self._watch_inside(container, names)
         self._eager.enter()
         # Earlier steps leave gradients behind (accumulation, several optimisers); references would keep their
         # memory.
-        for module in self._modules.values():
-            for parameter in module.parameters():
+        for part in self._parts.values():
+            for parameter in part.parameters:
                 if parameter.grad is not None:
                     grad = parameter.grad
                     self._leftovers[id(parameter)] = (weakref.ref(grad), grad._version)
@@ -210,24 +217,42 @@ class GradientCapture:
         finally:
             self._reset()
 
-    def _hook(self, name: str, owner: nn.Module) -> Callable[..., Tensor | None]:
+    def _hook(self, part: MapPart, owner: nn.Module) -> Callable[..., Tensor | None]:
+        show = on_call(part.name, owner, self._products)
+
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
         ) -> Tensor | None:
             # A shallow copy shares the hooks of its original.
-            if module is not owner or self._paused or not is_trainable(module):
+            if module is not owner or self._paused or not part.is_trainable:
                 return None
             if not isinstance(output, Tensor):
-                self._problems[name] = f"its output is a {type(output).__name__}, expected one tensor"
+                self._problems[part.name] = f"its output is a {type(output).__name__}, expected one tensor"
                 return None
-            return self._tapped(name, args[0] if args else next(iter(kwargs.values())), output)
+            return show(module, args, kwargs, output)
 
         return hook
 
-    def _tapped(
-        self, name: str, activation: Tensor, output: Tensor, start: int = 0, width: int | None = None
-    ) -> Tensor | None:
-        """The output with a tap on it; it may be ``width`` features of a module from ``start`` on."""
+    def _products(self, products: Sequence[Product]) -> list[Tensor | None]:
+        return [self._tapped_pieces(product) for product in products]
+
+    def _tapped_pieces(self, product: Product) -> Tensor | None:
+        """The output of a product with a tap on what is to be captured of it."""
+        pieces = [piece for piece in product.pieces if piece.name in self._parts]
+        if len(pieces) == 1 and len(pieces[0].columns) == product.output.shape[-1]:
+            return self._tapped(pieces[0], product.activation, product.output)
+        tapped = product.output
+        for piece in pieces:
+            columns = piece.columns.to(tapped.device)
+            own = self._tapped(piece, product.activation, product.output.index_select(-1, columns))
+            tapped = tapped if own is None else tapped.index_copy(-1, columns, own)
+        return None if tapped is product.output else tapped
+
+    def _tapped(self, piece: Piece, activation: Tensor, output: Tensor) -> Tensor | None:
+        """The output of a map, or of some of its features, with a tap on it."""
+        name, part = piece.name, self._parts[piece.name]
+        if not part.is_trainable:
+            return None
         if not (torch.is_grad_enabled() and output.requires_grad):
             self._ran_without_grad.add(name)
             return None
@@ -235,8 +260,9 @@ class GradientCapture:
         if not call.recomputed and self._evaluates_again(call):
             return None
         self._calls.append(call)
-        after = 0 if width is None else width - start - output.shape[-1]
-        adding = accumulator(self._modules[name])
+        axes = part.input_axes or piece.axes_of_inputs
+        inputs, outputs = piece.input_features(axes), piece.output_features(axes)
+        adding = accumulator(part.parameters)
 
         def deliver(activation: Tensor, grad_output: Tensor) -> None:
             if not self._active:
@@ -249,43 +275,45 @@ class GradientCapture:
                     "its backward pass is differentiated again (create_graph=True), which adds gradients "
                     "that do not pass through its output"
                 )
-            grad = nn.functional.pad(grad_output.detach(), (start, after))
-            call.deliveries.append(Delivery(activation.detach(), grad, self.scale, adds_up(adding)))
+            wide_input = widened(activation.detach(), inputs, part.num_inputs)
+            wide_grad = widened(grad_output.detach(), outputs, part.num_outputs)
+            call.deliveries.append(Delivery(wide_input, wide_grad, self.scale, adds_up(adding)))
 
         tapped: Tensor = Tap.apply(output, activation.detach(), call, deliver)
         return tapped
 
     def _evaluates_again(self, call: Call) -> bool:
         """Whether the samples of a call have passed its module in this step, before its weights moved."""
-        versions = tuple(parameter._version for parameter in self._modules[call.module_name].parameters())
+        versions = tuple(parameter._version for parameter in self._parts[call.module_name].parameters)
         known = None if call.labels is None else call.labels.key
         return self._versions.setdefault((call.module_name, known), versions) != versions
 
-    def _watch_packed(self, name: str, attention: nn.MultiheadAttention) -> list[Any]:
-        """Hooks that show the inside of an attention that calls no submodule, while it runs."""
+    def _watch_inside(self, container: str, names: Sequence[str]) -> list[Any]:
+        """Hooks that show the products inside a module that uses weights without calling a module for them."""
+        owner = self._model.get_submodule(container)
+        start = len(container) + 1 if container else 0
+        absolute = {name[start:]: name for name in names}
 
-        def on_linear(linear: str, start: int, activation: Tensor, output: Tensor) -> Tensor:
-            module = self._modules.get(linear)
-            if module is None or not is_trainable(module):
-                return output
-            width = len(attention.in_proj_weight) if module is attention else None
-            tapped = self._tapped(linear, activation, output, start, width)
-            return output if tapped is None else tapped
+        def show(products: Sequence[Product]) -> list[Tensor | None]:
+            return self._products([
+                replace(product, pieces=tuple(replace(p, name=absolute[p.name]) for p in product.pieces))
+                for product in products
+            ])
 
-        linears = MultiheadLinears({name: attention}, on_linear)
-        entered: list[MultiheadLinears] = []
+        watcher = MapWatcher(owner, show, absolute)
+        entered: list[MapWatcher] = []
 
         def enter(module: nn.Module, *_: object) -> None:
-            if module is attention and not self._paused:
-                entered.append(linears.__enter__())
+            if module is owner and not self._paused:
+                entered.append(watcher.__enter__())
 
         def leave(*_: object) -> None:
             if entered:
                 entered.pop().__exit__(None, None, None)
 
         return [
-            attention.register_forward_pre_hook(_Hook(enter)),
-            attention.register_forward_hook(_Hook(leave), always_call=True),
+            owner.register_forward_pre_hook(_Hook(enter)),
+            owner.register_forward_hook(_Hook(leave), always_call=True),
         ]
 
     def _drop_asked_for(self) -> None:
@@ -298,14 +326,14 @@ class GradientCapture:
         """Find every trainable projection that ran but did not deliver."""
         delivered = {call.module_name for call in self._calls if call.deliveries}
         ran = {call.module_name for call in self._calls if not call.recomputed} | self._ran_without_grad
-        for name, module in self._modules.items():
+        for name, part in self._parts.items():
             if name in delivered:
                 continue
             if name in self._batched:
                 self._problems[name] = "its gradients were asked for several at once (is_grads_batched=True)"
             elif name in ran:
                 self._problems[name] = "it ran forward, but no gradient of its output arrived"
-            elif is_trainable(module) and any(self._got_gradient(p) for p in module.parameters()):
+            elif part.is_trainable and any(self._got_gradient(p) for p in part.parameters):
                 self._problems[name] = (
                     "it has a gradient, but its forward pass was not seen (compiled before the monitor "
                     "started, or its weight used without calling it)"
@@ -334,11 +362,12 @@ class GradientCapture:
         if labels.token_samples is None and len(rows) == 1:
             check_rows(rows.pop(), labels, terms)
         samples = labels.resolve(num_samples, self.numbering, self._rank, self._world_size)
-        by_module: dict[str, list[Delivery]] = {}
+        by_part: dict[str, list[Delivery]] = {}
         for call in calls:
-            by_module.setdefault(call.module_name, []).extend(call.deliveries)
+            by_part.setdefault(call.module_name, []).extend(call.deliveries)
         sharing: dict[tuple[object, ...], dict[str, list[Delivery]]] = {}
-        for name, own in by_module.items():
+        by_map = {name: own for name, one in self._maps.items() if (own := side_by_side(one, by_part))}
+        for name, own in by_map.items():
             shape = next((tuple(d.activation.shape) for d in own if not fits(d, num_samples, labels)), None)
             if shape is not None:
                 self._problems[name] = f"its input has shape {shape}, expected " + (
@@ -346,11 +375,11 @@ class GradientCapture:
                     if labels.token_samples is None
                     else f"one token for each of the {labels.token_samples.numel()} entries of `token_samples`"
                 )
-            if name not in self._problems:
+            if not {name, *(part.name for part in self._maps[name].parts)} & self._problems.keys():
                 sharing.setdefault(inputs_of(own), {})[name] = own
         scale = deliveries[0].scale
         # What was delivered is let go as soon as it is copied: both together would be twice the memory.
-        del deliveries, by_module
+        del deliveries, by_part, by_map
         for call in calls:
             call.deliveries.clear()
         factors: dict[str, GradientFactors] = {}

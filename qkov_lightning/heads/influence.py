@@ -6,7 +6,7 @@ features depends on a slice only through these two, so that it does not carry th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,21 +97,64 @@ def acting_tokens(
 
 
 @dataclass(frozen=True, eq=False)
+class Leaf:
+    """Some output features of a linear map, cut out of the graph.
+
+    Attributes:
+        tensor: Its output.
+        columns: Columns of the output.
+        features: Which feature of the map each of them is.
+        width: Features of the map.
+    """
+
+    tensor: Tensor
+    columns: Int[Tensor, column]
+    features: Int[Tensor, column]
+    width: int
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Leaf:
+        """All features of a map."""
+        features = torch.arange(tensor.shape[-1])
+        return cls(tensor, features, features, len(features))
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """A tensor like the output, with a column for each feature of the map."""
+        if len(self.columns) == self.width and torch.equal(self.columns, self.features):
+            return tensor
+        wide = tensor.new_zeros(*tensor.shape[:-1], self.width)
+        columns, features = self.columns.to(tensor.device), self.features.to(tensor.device)
+        return wide.index_copy(-1, features, tensor.index_select(-1, columns))
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionGraph:
-    """The computation of one attention layer, cut at its projections and at its softmax."""
+    """The computation of one attention layer, cut at its projections and at its softmax.
+
+    Attributes:
+        layer: The claims.
+        num_heads: Query heads.
+        outputs: Leaves of each map, by the name of its projection.
+        scores: Input of the softmax, heads apart.
+        probabilities: Its output; of each softmax, where every head has one of its own.
+        weighted_values: What each of them was multiplied into.
+        context: Input of the output projection; None where there is none.
+        headed: Brings tensors of the shape of the probabilities into that of the scores.
+    """
 
     layer: Mapping[Block, Projection]
     num_heads: int
-    outputs: Mapping[str, list[Tensor]]
-    scores: Tensor
-    probabilities: Tensor
-    weighted_values: Tensor
-    context: Tensor
+    outputs: Mapping[str, list[Leaf]]
+    scores: Float[Tensor, "sample head query key"]
+    probabilities: Sequence[Tensor]
+    weighted_values: Sequence[Tensor]
+    context: Tensor | None
+    headed: Callable[[Sequence[Tensor]], Tensor]
 
     def problems(self) -> dict[tuple[Block, int], str | None]:
         """What is wrong with each head of each block."""
-        scores = self._by_head(self.scores)
-        values = self._by_head(self._values(torch.randn_like(self.weighted_values)))
+        scores = self.scores
+        values = self._values()
         one_query, one_value = [], []
         # Those with the largest scores: a token may be padding, or zero, or see one key under a causal mask.
         sizes = scores.detach().double().abs()
@@ -124,42 +167,48 @@ class AttentionGraph:
             one_value.append((values, cotangent))
         found: dict[tuple[Block, int], str | None] = {}
         for block, projection in self.layer.items():
-            if block == "O":
-                problems = [self._output_problem(projection, head) for head in range(projection.num_heads)]
-            elif block == "V":
-                problems = self._input_problems(projection, values, one_value)
-                if self._sways_scores(projection, scores):
-                    problems = [problem or "acts on the attention scores too" for problem in problems]
-            else:
-                problems = self._input_problems(projection, scores, one_query)
+            problems: list[str | None] = [None] * projection.num_heads
+            for role in (block, *projection.also):
+                if role == "O":
+                    own = [self._output_problem(projection, head) for head in range(projection.num_heads)]
+                elif role == "V":
+                    own = self._input_problems(projection, role, values, one_value)
+                    if self._sways_scores(projection, scores):
+                        own = [problem or "acts on the attention scores too" for problem in own]
+                else:
+                    own = self._input_problems(projection, role, scores, one_query)
+                problems = [one or other for one, other in zip(problems, own, strict=True)]
             found.update({(block, head): problem for head, problem in enumerate(problems)})
         return found
 
-    def _by_head(self, tensor: Tensor) -> Tensor:
-        headed = by_head(tensor, self.num_heads)
-        return tensor if headed is None else headed
-
-    def _values(self, cotangent: Tensor) -> Tensor:
+    def _values(self) -> Tensor:
         """The values, as the softmax meets them: what each attention weight does to the weighted values."""
-        (values,) = torch.autograd.grad(
-            self.weighted_values, self.probabilities, cotangent, create_graph=True
-        )
-        return values
+        found: list[Tensor] = []
+        for weighted, probabilities in zip(self.weighted_values, self.probabilities, strict=True):
+            direction = torch.randn_like(weighted)
+            found += torch.autograd.grad(weighted, [probabilities], direction, create_graph=True)
+        return self.headed(found)
 
     def _derivatives(self, projection: Projection, heads: Tensor, cotangent: Tensor) -> Derivatives:
         outputs = self.outputs.get(projection.module_name, [])
         if not outputs or not heads.requires_grad:
             return []
-        gradients = torch.autograd.grad(heads, outputs, cotangent, retain_graph=True, allow_unused=True)
-        return [(g, output) for g, output in zip(gradients, outputs, strict=True) if g is not None]
+        leaves = [leaf.tensor for leaf in outputs]
+        gradients = torch.autograd.grad(heads, leaves, cotangent, retain_graph=True, allow_unused=True)
+        return [
+            (leaf.widened(g), leaf.widened(leaf.tensor.detach()))
+            for g, leaf in zip(gradients, outputs, strict=True)
+            if g is not None
+        ]
 
     def _input_problems(
-        self, projection: Projection, operand: Tensor, one_token: Sequence[tuple[Tensor, Tensor]]
+        self, projection: Projection, role: Block, operand: Tensor, one_token: Sequence[tuple[Tensor, Tensor]]
     ) -> list[str | None]:
         """What is wrong with each head of Q, K or V.
 
         Args:
             projection: The claims.
+            role: The block that it is claimed to be.
             operand: What the heads move.
             one_token: Operands and directions in which the movement of one query token is looked at.
         """
@@ -172,7 +221,7 @@ class AttentionGraph:
                 return ["moves no head"] * projection.num_heads
             limit = tolerance(derivatives[0][0].dtype)
             size = derivatives[0][1].shape[-1]
-            unclaimed = self._unclaimed(projection, size)
+            unclaimed = self._unclaimed(projection, role, size)
             moves.append(slice_influence(derivatives, features, features) > limit)
             acting.append(acting_features(derivatives)[features])
             strays.append(
@@ -194,34 +243,37 @@ class AttentionGraph:
                 problems.append("features outside the slice act on the head too")
             else:
                 pooled = self._tokens_per_query(projection, scores=operand)
-                problems.append(_role_problem(projection.block, num_tokens[:, head], pooled))
+                is_both = "K" in projection.also and role == "Q"
+                problems.append(None if is_both else _role_problem(role, num_tokens[:, head], pooled))
         return problems
 
     def _tokens_per_query(self, projection: Projection, scores: Tensor) -> int:
         """How many tokens are pooled into one query; 1 as a rule, and where a query would see all keys."""
-        tokens = sum(output.shape[:-1].numel() for output in self.outputs[projection.module_name])
+        leaves = [leaf for leaf in self.outputs[projection.module_name] if len(leaf.columns)]
+        tokens = sum(leaf.tensor.shape[:-1].numel() for leaf in leaves) // len(projection.map_names)
         pooled = max(1, tokens // (scores.shape[0] * scores.shape[2]))
         return pooled if pooled < scores.shape[3] else 1
 
     def _sways_scores(self, projection: Projection, scores: Tensor) -> bool:
         """Whether values out of a module of their own decide what is attended to."""
         others = [self.layer[block].module_name for block in ("Q", "K") if block in self.layer]
-        if projection.module_name in others:  # there a stray feature of Q or K
+        if projection.module_name in others or projection.block != "V":  # there a stray feature of Q or K
             return False
         derivatives = self._derivatives(projection, scores, torch.randn_like(scores))
         return any(bool((g != 0).any()) for g, _ in derivatives)
 
-    def _unclaimed(self, projection: Projection, size: int) -> Tensor:
+    def _unclaimed(self, projection: Projection, role: Block, size: int) -> Tensor:
         """Features of the module that no block acting on the same operand claims."""
-        together: tuple[Block, ...] = ("V",) if projection.block == "V" else ("Q", "K")
+        together: set[Block] = {"V"} if role == "V" else {"Q", "K"}
         free = torch.ones(size, dtype=torch.bool)
-        for block in together:
-            other = self.layer.get(block)
-            if other is not None and other.module_name == projection.module_name:
+        for block, other in self.layer.items():
+            if together & {block, *other.also} and other.module_name == projection.module_name:
                 free[other.head_features] = False
         return free.nonzero().flatten()
 
     def _output_problem(self, projection: Projection, head: int) -> str | None:
+        if self.context is None:
+            return "carries no head"
         features = projection.head_features[head].to(self.context.device)
         part = self.context.detach()[..., features]
         direction = torch.randn_like(part)
@@ -234,15 +286,17 @@ class AttentionGraph:
         )
         cotangent = torch.zeros_like(self.context)
         cotangent[..., features] = direction - along * part
-        (gradient,) = torch.autograd.grad(self.context, self.probabilities, cotangent, retain_graph=True)
-        sizes = self._by_head(gradient).double().square().sum(dim=(0, 2, 3)).sqrt()
+        gradient = self.headed(
+            torch.autograd.grad(self.context, self.probabilities, cotangent, retain_graph=True)
+        )
+        sizes = gradient.double().square().sum(dim=(0, 2, 3)).sqrt()
         moved = set((sizes > tolerance(gradient.dtype) * sizes.norm()).nonzero().flatten().tolist())
         if moved != {head}:
             return _instead(moved, {head}).replace("moves", "carries")
         # The derivative is linear in the cotangent: deriving it again gives the movement of each feature.
         any_direction = torch.zeros_like(self.context, requires_grad=True)
-        (linear,) = torch.autograd.grad(self.context, self.probabilities, any_direction, create_graph=True)
-        own = self._by_head(linear)[:, head]
+        linear = torch.autograd.grad(self.context, self.probabilities, any_direction, create_graph=True)
+        own = self.headed(linear)[:, head]
         (movement,) = torch.autograd.grad(own, any_direction, torch.randn_like(own))
         carries = (movement != 0).flatten(0, -2).any(0).cpu()
         dead = int((~carries[projection.head_features[head]]).sum())

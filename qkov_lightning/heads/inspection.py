@@ -14,9 +14,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.maps import LinearMap, find_map
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.heads.shapes import linear_sizes
-from qkov_lightning.heads.weights import is_trainable
 
 
 def describe(
@@ -45,12 +44,12 @@ def describe(
             table.add_section()
         table.add_row(
             escape(f"L{projection.layer} {projection.layer_name}") if first else "",
-            projection.block,
+            " = ".join([projection.block, *projection.also]),
             _heads(projection),
             str(projection.head_dim),
             escape(projection.module_name or type(model).__name__),
             f"{projection.feature_axis} {ranges(projection.head_features)}",
-            "trained" if is_trainable(model.get_submodule(projection.module_name)) else "frozen",
+            "trained" if find_map(model, projection).is_trainable else "frozen",
         )
         last = index + 1 == len(placed) or placed[index + 1].layer != projection.layer
         shared = _shared_by_all_heads(model, placed, projection.layer) if last else []
@@ -92,27 +91,12 @@ def _in_units(num_bytes: int) -> str:
     return f"{num_bytes} bytes"
 
 
-def _modules(projections: Sequence[Projection]) -> dict[str, list[Projection]]:
-    modules: dict[str, list[Projection]] = {}
-    for projection in projections:
-        modules.setdefault(projection.module_name, []).append(projection)
-    return modules
-
-
-def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
-    module = model.get_submodule(name)
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim, 3 * module.embed_dim
-    return linear_sizes(module)
-
-
 def covered_parameters(model: nn.Module, projections: Sequence[Projection]) -> int:
     """Weights (of adapters: effective weights) that some head owns."""
     total = 0
-    for name, owners in _modules(projections).items():
-        inputs, outputs = _sizes(model, name)
-        for owner in {owner.block: owner for owner in owners}.values():
-            total += owner.head_features.numel() * (outputs if owner.block == "O" else inputs)
+    for owner in {(p.module_name, p.block): p for p in projections}.values():
+        one = find_map(model, owner)
+        total += owner.head_features.numel() * (one.num_outputs if owner.block == "O" else one.num_inputs)
     return total
 
 
@@ -135,16 +119,17 @@ def cache_bytes_per_sample(
         ArchitectureError: If the model's attention cannot be placed.
     """
     placed = find_projections(model) if projections is None else projections
-    groups: dict[tuple[int, bool], set[str]] = {}
+    groups: dict[tuple[int, bool], dict[str, LinearMap]] = {}
     seen: set[str] = set()
     for p in placed:
-        if p.module_name not in seen and is_trainable(model.get_submodule(p.module_name)):
-            groups.setdefault((p.layer, p.block == "O"), set()).add(p.module_name)
+        one = find_map(model, p)
+        if p.module_name not in seen and one.is_trainable:
+            groups.setdefault((p.layer, p.block == "O"), {})[p.module_name] = one
             seen.add(p.module_name)
     width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     total = 0
-    for names in groups.values():
-        sizes = [_sizes(model, name) for name in names]
+    for maps in groups.values():
+        sizes = [(one.num_inputs, one.num_outputs) for one in maps.values()]
         inputs = sum({one for one, _ in sizes})
         factors = num_tokens * (inputs + sum(outputs for _, outputs in sizes)) * width
         total += min(factors, sum(one * outputs for one, outputs in sizes) * max(width, 4))
@@ -153,7 +138,10 @@ def cache_bytes_per_sample(
 
 def _shared_by_all_heads(model: nn.Module, placed: Sequence[Projection], layer: int) -> list[str]:
     """Linear modules inside an attention of which no head has a slice, as the latents of latent attention."""
-    names = [p.module_name for p in placed if p.layer == layer]
+    own = [p for p in placed if p.layer == layer]
+    if any(p.input_axes is not None for p in own):
+        return []
+    names = [name for p in own for name in p.map_names]
     if any(isinstance(model.get_submodule(name), nn.MultiheadAttention) for name in names):
         return []
     parents = [name.split(".")[:-1] for name in names]

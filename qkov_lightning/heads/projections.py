@@ -13,6 +13,9 @@ from torch import Tensor
 Block = Literal["Q", "K", "V", "O"]
 """Query, key, value or output projection of an attention layer."""
 
+JOINED = " + "
+"""Between the names of linear maps that together are one projection, as where each head has a module of its own."""
+
 BLOCKS: tuple[Block, ...] = ("Q", "K", "V", "O")
 
 
@@ -24,13 +27,17 @@ class Projection:
     layout of the weight itself (transposed, fused, interleaved) never matters.
 
     Attributes:
-        module_name: Dotted path of the module inside the model.
+        module_name: Dotted path of the module inside the model; of the parameter, where it is used without a
+            module; of several, joined by " + ", whose features are counted on.
         layer: Position among the attention layers that were found, from 0.
         layer_name: Label of the layer, for people.
         block: "Q", "K", "V" or "O".
         head_features: Indices of the features of each head.
         query_group: Query heads that share one head of this block (1, except for K and V under
             grouped-query attention).
+        input_axes: Of a parameter: its axes that are input features; the others are output features.
+        also: Other blocks that the very same features are, as of a model whose values are its keys. They have
+            no projection of their own.
     """
 
     module_name: str
@@ -39,6 +46,8 @@ class Projection:
     block: Block
     head_features: Int[Tensor, "head feature"]
     query_group: int = 1
+    input_axes: tuple[int, ...] | None = None
+    also: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
         where = f"Layer {self.layer} (`{self.layer_name}`), block {self.block}"
@@ -62,6 +71,11 @@ class Projection:
     def feature_axis(self) -> Literal["output", "input"]:
         """Side of the module that the heads own: "input" for O, "output" for Q, K and V."""
         return "input" if self.block == "O" else "output"
+
+    @property
+    def map_names(self) -> tuple[str, ...]:
+        """Names of the linear maps that it is made of: one, as a rule."""
+        return tuple(self.module_name.split(JOINED))
 
     @property
     def num_heads(self) -> int:

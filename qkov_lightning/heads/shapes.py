@@ -80,8 +80,20 @@ def is_linear(module: nn.Module | None) -> bool:
     )
 
 
+def is_pointwise_convolution(module: nn.Module | None) -> bool:
+    """Whether a module is a convolution of size 1: a linear map of the channels at each place."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d) and (
+        set(module.kernel_size) == {1}
+        and set(module.stride) == {1}
+        and module.padding in (0, (0,), (0, 0), "valid", "same")
+        and module.groups == 1
+    )
+
+
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """Input and output features of a linear module, whatever the layout of its weight."""
+    if is_pointwise_convolution(module):
+        return int(module.in_channels), int(module.out_channels)  # type: ignore[arg-type]
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     inputs, outputs = module.get_parameter("weight").shape  # Conv1D of GPT-2: inputs first

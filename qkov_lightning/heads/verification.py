@@ -7,21 +7,20 @@ softmax, and from there to the input of the output projection.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from qkov_lightning.heads.architectures import find_projections
-from qkov_lightning.heads.influence import AttentionGraph, by_head
-from qkov_lightning.heads.multihead import MultiheadLinears
+from qkov_lightning.heads.influence import AttentionGraph, Leaf, by_head
+from qkov_lightning.heads.maps import LinearMap, MapPart, find_map, untouched
 from qkov_lightning.heads.projections import Block, Projection
-
-PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+from qkov_lightning.heads.shapes import is_pointwise_convolution
+from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, leads_to
+from qkov_lightning.heads.watching import Piece, Product, on_call
 
 LABEL_KEYS = ("task", "sample_id", "num_target_tokens")
 """Entries of a batch that speak to the monitor, not to the model."""
@@ -102,70 +101,58 @@ def verify_projections(
     """
     placed = find_projections(model) if projections is None else list(projections)
     observer = _Observer(model, placed)
-    run = forward or (lambda inputs: _call(model, inputs))
-    with _frozen(model), torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        torch.manual_seed(0)
-        with observer.watching():
-            run(batch)
+    run = forward or (lambda inputs: call(model, inputs))
+    with untouched(model), observer.watching():
+        run(batch)
     return Verification(tuple(observer.checks()))
 
 
-def _call(model: nn.Module, batch: Any) -> object:
+def call(model: nn.Module, batch: Any) -> object:
+    """Run a model on a batch.
+
+    A mapping is passed by keyword, without the entries for the monitor; a tuple or list by position.
+    """
     if isinstance(batch, Mapping):
         return model(**{key: value for key, value in batch.items() if key not in LABEL_KEYS})
     return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter trainable; everything restored afterwards."""
-    training = [module for module in model.modules() if module.training]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
-
-
-@dataclass(eq=False)
-class _Softmax:
-    """One call: its input, its output as a leaf, and what became of the values that it weighs."""
-
-    scores: Tensor
-    probabilities: Tensor
-    weighted_values: Tensor | None = None
-
-
-class _Observer(MultiheadLinears):
-    """Makes the output of each projection, and of each softmax behind it, a leaf of the autograd graph."""
+class _Observer(SoftmaxWatcher):
+    """Cuts the graph at the output of each projection, and of each softmax behind it."""
 
     def __init__(self, model: nn.Module, projections: Sequence[Projection]) -> None:
-        packed = {n: m for n, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)}
-        super().__init__(packed, self._packed_linear)
+        self._maps: dict[str, LinearMap] = {p.module_name: find_map(model, p) for p in projections}
+        self._parts: dict[str, list[tuple[LinearMap, MapPart]]] = {}
+        for one in self._maps.values():
+            for part in one.parts:
+                self._parts.setdefault(part.name, []).append((one, part))
+        super().__init__(model, self._products, [name for name in self._parts if not self._is_called(name)])
         self._model = model
         self._projections = projections
+        self._outgoing = {name for p in projections if p.block == "O" for name in p.map_names}
         self._problems: dict[tuple[int, Block, int], str | None] = {}
-        self._outputs: dict[str, list[Tensor]] = {}
-        self._softmaxes: list[_Softmax] = []
+        self._outputs: dict[str, list[Leaf]] = {}
+        self.softmaxes: list[Softmax] = []
+
+    def _is_called(self, name: str) -> bool:
+        return self._parts[name][0][1].container is None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         handles: list[Any] = []
-        for name in dict.fromkeys(p.module_name for p in self._projections):
-            module = self._model.get_submodule(name)
-            if isinstance(module, nn.MultiheadAttention):
-                continue
-            if any(p.block == "O" for p in self._projections if p.module_name == name):
-                handles.append(module.register_forward_pre_hook(self._before_output(name), with_kwargs=True))
-                handles.append(module.register_forward_hook(lambda _module, _args, output: output.detach()))
-            else:
-                handles.append(module.register_forward_hook(self._after(name)))
+        for name in self._parts:
+            if self._is_called(name):
+                module = self._model.get_submodule(name)
+                if name in self._outgoing:  # before it runs: its input is still in the graph
+                    handles.append(
+                        module.register_forward_pre_hook(self._before_output(name, module), with_kwargs=True)
+                    )
+                    handles.append(
+                        module.register_forward_hook(lambda _module, _args, output: output.detach())
+                    )
+                else:
+                    hook = on_call(name, module, self._products)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
         try:
             with self:
                 yield
@@ -183,127 +170,118 @@ class _Observer(MultiheadLinears):
                 )
                 yield CellCheck(projection, head, problem)
 
-    def _after(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return self._leaf(name, output)
-
-        return hook
-
-    def _before_output(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def _before_output(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self._close(name, args[0] if args else next(iter(kwargs.values())))
+            context = args[0] if args else next(iter(kwargs.values()))
+            if is_pointwise_convolution(module):
+                context = context.movedim(1 if context.ndim == module.weight.ndim else 0, -1)
+            with torch._C.DisableTorchFunction():
+                self._close(name, context)
 
         return hook
 
-    def _leaf(self, name: str, output: Tensor) -> Tensor:
-        leaf = output.detach().requires_grad_()
-        self._outputs.setdefault(name, []).append(leaf)
-        return leaf.clone()
+    def _products(self, products: Sequence[Product]) -> list[Tensor | None]:
+        with torch._C.DisableTorchFunction():
+            ending = [
+                piece for product in products for piece in product.pieces if piece.name in self._outgoing
+            ]
+            if ending:
+                self._close(ending[0].name, self._context(products, ending[0]))
+                return [product.output.detach() for product in products]
+            return [self._cut(product) for product in products]
 
-    def _packed_linear(self, name: str, start: int, activation: Tensor, output: Tensor) -> Tensor:
-        if any(p.module_name == name and p.block == "O" for p in self._projections):
-            self._close(name, activation)
-            return output.detach()
-        rows = self._model.get_submodule(name).get_parameter("in_proj_weight").shape[0]
-        padded = functional.pad(output, (start, rows - start - output.shape[-1]))
-        return self._leaf(name, padded)[..., start : start + output.shape[-1]]
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            return self._scaled_dot_product(*args, **kwargs)
-        output = super().__torch_function__(func, types, args, kwargs)
-        if func in (functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax):
-            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            return self._softmax(args[0] if args else kwargs["input"], output, dim)
-        if func in PRODUCTS and self._softmaxes and self._softmaxes[-1].weighted_values is None:
-            weights, queries = args[0], self._softmaxes[-1].probabilities.shape[-2]
-            if isinstance(weights, Tensor) and weights.requires_grad and weights.shape[-2:-1] == (queries,):
-                self._softmaxes[-1].weighted_values = output
-        return output
-
-    def _softmax(self, scores: Tensor, output: Tensor, dim: int | None) -> Tensor:
-        if not scores.requires_grad or dim not in (-1, scores.ndim - 1):
-            return output
-        # A token that may look at nothing has no probabilities, and a model may mend that later.
-        leaf = output.detach().nan_to_num(0.0).requires_grad_()
-        self._softmaxes.append(_Softmax(scores, leaf))
-        return leaf.clone()
-
-    def _scaled_dot_product(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,  # noqa: ARG002
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """The definition of the fused function, with its softmax in view."""
-        if enable_gqa:
-            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], dim=-3)
-            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], dim=-3)
-        scores = query @ key.transpose(-2, -1) * (scale or 1 / math.sqrt(query.shape[-1]))
-        if is_causal:
-            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        if attn_mask is not None:
-            if attn_mask.dtype == torch.bool:
-                attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(
-                    ~attn_mask, -torch.inf
+    def _cut(self, product: Product) -> Tensor | None:
+        own = [piece for piece in product.pieces if piece.name in self._parts]
+        if not own:
+            return None
+        leaf = product.output.detach().clone().requires_grad_()
+        for piece in own:
+            for one, part in self._parts[piece.name]:
+                features = piece.output_features(part.input_axes or piece.axes_of_inputs)
+                start = one.starts[piece.name]
+                self._outputs.setdefault(one.name, []).append(
+                    Leaf(leaf, piece.columns, start + features, one.num_outputs)
                 )
-            scores = scores + attn_mask
-        # A token that may look at nothing gives zeros, not NaN.
-        probabilities = scores.softmax(dim=-1).nan_to_num(0.0)
-        output = self._softmax(scores, probabilities, -1) @ value
-        if scores.requires_grad:
-            self._softmaxes[-1].weighted_values = output
-        return output
+        return leaf.clone()
+
+    def _context(self, products: Sequence[Product], piece: Piece) -> Tensor:
+        """The input of an output projection, with a column for each feature of its parameter."""
+        part = self._parts[piece.name][0][1]
+        whole: Tensor | None = None
+        for product in products:
+            own = next((one for one in product.pieces if one.name == piece.name), None)
+            if own is None:
+                continue
+            wide = product.activation.new_zeros(*product.activation.shape[:-1], part.num_inputs)
+            features = own.input_features(part.input_axes or own.axes_of_inputs).to(wide.device)
+            wide = wide.index_copy(-1, features, product.activation)
+            whole = wide if whole is None else whole + wide
+        return products[0].activation if whole is None else whole
 
     def _close(self, name: str, context: Tensor) -> None:
         """Check the layers that end in the output projection ``name``, whose input has arrived."""
-        outputs, softmaxes = self._outputs, self._softmaxes
-        self._outputs, self._softmaxes = {}, []
+        outputs, softmaxes = self._outputs, self.softmaxes
+        self._outputs, self.softmaxes = {}, []
         for ending in self._projections:
-            if ending.block != "O" or ending.module_name != name:
+            if ending.block != "O" or name not in ending.map_names:
                 continue
             layer = {p.block: p for p in self._projections if p.layer == ending.layer}
             num_heads = max(p.num_heads for p in layer.values())
-            for softmax in softmaxes:
-                graph = self._graph(layer, num_heads, outputs, softmax, context)
-                if graph is None:
-                    continue
-                with torch._C.DisableTorchFunction():  # the check is not for the observer to see
-                    problems = graph.problems()
-                for (block, head), problem in problems.items():
+            for graph in self._graphs(layer, num_heads, outputs, softmaxes, context):
+                for (block, head), problem in graph.problems().items():
                     cell = (ending.layer, block, head)
                     self._problems[cell] = self._problems.get(cell) or problem
 
-    @staticmethod
-    def _graph(
+    def _graphs(
+        self,
         layer: Mapping[Block, Projection],
         num_heads: int,
-        outputs: Mapping[str, list[Tensor]],
-        softmax: _Softmax,
+        outputs: Mapping[str, list[Leaf]],
+        softmaxes: Sequence[Softmax],
         context: Tensor,
-    ) -> AttentionGraph | None:
-        """The computation around one softmax, if it has the axis of the heads and leads to the context."""
-        scores, probabilities = softmax.scores, softmax.probabilities
-        if by_head(scores, num_heads) is None or scores.shape[-1] < 2 or not context.requires_grad:
-            return None
-        weighted = softmax.weighted_values
-        for end in (context,) if weighted is None else (context, weighted):
-            reached = torch.autograd.grad(end.sum(), probabilities, retain_graph=True, allow_unused=True)
-            if reached[0] is None and end is context:
-                return None
-            if reached[0] is None:
-                weighted = None
-        weighted = context if weighted is None else weighted
-        return AttentionGraph(layer, num_heads, outputs, scores, probabilities, weighted, context)
+    ) -> Iterator[AttentionGraph]:
+        """The computation around each softmax that has the axis of the heads and leads to the context."""
+        leading = [s for s in softmaxes if _leads(s, context)]
+        for softmax in leading:
+            if by_head(softmax.scores, num_heads) is not None and softmax.scores.shape[-1] > 1:
+                yield _graph(
+                    layer, num_heads, outputs, [softmax], context, lambda t: _headed(t[0], num_heads)
+                )
+        # Every head may have a softmax of its own.
+        singles = len(leading) == num_heads > 1 and len({s.scores.shape for s in leading}) == 1
+        if singles and by_head(leading[0].scores, num_heads) is None:
+            yield _graph(layer, num_heads, outputs, leading, context, _stacked)
+
+
+def _graph(
+    layer: Mapping[Block, Projection],
+    num_heads: int,
+    outputs: Mapping[str, list[Leaf]],
+    softmaxes: Sequence[Softmax],
+    context: Tensor,
+    headed: Callable[[Sequence[Tensor]], Tensor],
+) -> AttentionGraph:
+    weighted = [s.weighted_values for s in softmaxes]
+    ends = [
+        context
+        if one is None or not leads_to(context, s.probabilities) or not leads_to(one, s.probabilities)
+        else one
+        for one, s in zip(weighted, softmaxes, strict=True)
+    ]
+    scores = headed([s.scores for s in softmaxes])
+    return AttentionGraph(
+        layer, num_heads, outputs, scores, [s.probabilities for s in softmaxes], ends, context, headed
+    )
+
+
+def _leads(softmax: Softmax, context: Tensor) -> bool:
+    return context.requires_grad and leads_to(context, softmax.probabilities)
+
+
+def _headed(tensor: Tensor, num_heads: int) -> Tensor:
+    headed = by_head(tensor, num_heads)
+    return tensor if headed is None else headed
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([tensor.reshape(-1, *tensor.shape[-2:]) for tensor in tensors], dim=1)

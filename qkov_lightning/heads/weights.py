@@ -15,15 +15,6 @@ from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.shapes import ArchitectureError, linear_sizes
 
 
-def is_trainable(module: nn.Module) -> bool:
-    """Whether any parameter of the module trains (for a LoRA wrapper: its adapters)."""
-    if isinstance(
-        module, nn.MultiheadAttention
-    ):  # the packed weight; its output projection is a module of its own
-        return module.in_proj_weight.requires_grad
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
 @dataclass(frozen=True)
 class ProjectionWeight:
     """Where the weight of a projection is stored.
@@ -54,8 +45,14 @@ def find_weight(model: nn.Module, projection: Projection) -> ProjectionWeight:
         ArchitectureError: If the weight is no parameter of its own, but computed from others (an adapter, a
             weight norm), or stored in another form (quantised).
     """
-    module = model.get_submodule(projection.module_name)
     where = f"Layer {projection.layer} (`{projection.layer_name}`), block {projection.block}"
+    if projection.input_axes is not None or len(projection.map_names) > 1:
+        raise ArchitectureError(
+            f"{where}: `{projection.module_name}` is no linear module of its own, but a parameter that the attention uses "
+            "itself, or several modules. Its gradients are measured, but its slices can be neither frozen nor projected: "
+            "leave this layer out."
+        )
+    module = model.get_submodule(projection.module_name)
     own = dict(module.named_parameters(recurse=False))
     name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
     if name not in own:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import BLOCKS, Block, Projection, num_heads, num_layers
-from qkov_lightning.heads.weights import is_trainable
 from qkov_lightning.measure.cells import BlockInfo, Layer, Status
 from qkov_lightning.measure.folding import Folding, disk_errors
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
@@ -183,7 +183,7 @@ def _layers(projections: Sequence[Projection], model: nn.Module, num_samples: Te
     for projection in projections:
         measured = bool(num_samples[:, projection.layer, :, BLOCKS.index(projection.block)].any())
         status: Status = "measured" if measured else "no data"
-        if not is_trainable(model.get_submodule(projection.module_name)):
+        if not find_map(model, projection).is_trainable:
             status = "frozen" if not measured else status
         names[projection.layer] = projection.layer_name
         blocks.setdefault(projection.layer, {})[projection.block] = BlockInfo(

@@ -28,6 +28,7 @@ from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, traini
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
@@ -98,8 +99,8 @@ def probe_interference(
     """
     step_loss = loss or training_loss(model)
     projections = list(projections or find_projections(model))
-    modules = [model.get_submodule(name) for name in dict.fromkeys(p.module_name for p in projections)]
-    weights = [p for module in modules for p in module.parameters() if p.requires_grad]
+    maps = {p.module_name: find_map(model, p) for p in projections}
+    weights = [p for one in maps.values() for p in one.parameters if p.requires_grad]
     device = next(model.parameters()).device
 
     def labels(batch: Any) -> Labels:

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.heads.architectures import find_projections
-from qkov_lightning.heads.multihead import MultiheadLinears
+from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.shapes import is_linear
+from qkov_lightning.heads.watching import MapWatcher, Product, on_call
 from qkov_lightning.store.files import write_durably
 
 SCHEMA_VERSION = 1
@@ -131,24 +132,24 @@ def measure_subspace(
     run = loss or training_loss(model)
     placed = list(projections or find_projections(model))
     device = next(model.parameters()).device
-    heads = {p.module_name: p for p in placed}
+    parts = {part.name: part for p in placed for part in find_map(model, p).parts}
     outputs = {p.module_name: p for p in placed if p.block == "O"}
-    names = list(heads)
+    called = [name for name, part in parts.items() if part.container is None]
     if rest == "tensors":
-        names += [name for name, module in model.named_modules() if is_linear(module) and name not in heads]
+        called += [name for name, module in model.named_modules() if is_linear(module) and name not in parts]
     moments = _Moments()
     num_samples = 0
     with ExitStack() as stack:
         stack.enter_context(rehearsing(model, evaluation=True))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_watching(model, names, moments))
+        stack.enter_context(_watching(model, called, {*parts} - {*called}, moments))
         for batch in probe:
             batch = to_device(model, batch, device)
             moments.mask = _mask(batch)
             run(model, batch)
             num_samples += moments.rows
             moments.rows = 0
-    missing = [name for name in heads if name not in moments.squares]
+    missing = [name for name in parts if name not in moments.squares]
     if missing or not num_samples:
         raise ValueError(
             f"The probe did not run {', '.join(f'`{name}`' for name in missing) or 'any module'}: expected batches that "
@@ -156,8 +157,10 @@ def measure_subspace(
         )
     bases = {}
     for name, square in moments.squares.items():
-        parts = outputs[name].head_features if name in outputs else torch.arange(len(square))[None]
-        bases[name] = torch.stack([_leading(square[own][:, own], rank) for own in parts.to(square.device)])
+        own_inputs = outputs[name].head_features if name in outputs else torch.arange(len(square))[None]
+        bases[name] = torch.stack([
+            _leading(square[own][:, own], rank) for own in own_inputs.to(square.device)
+        ])
     tokens = (
         {name: count.nonzero().flatten() for name, count in moments.counts.items()}
         if rest == "tensors"
@@ -220,24 +223,30 @@ def _mask(batch: Any) -> Tensor | None:
 
 
 @contextmanager
-def _watching(model: nn.Module, names: Sequence[str], moments: _Moments) -> Iterator[None]:
-    """See the inputs of some modules, and the rows that embeddings are asked for."""
-    packed = {name: one for name, one in model.named_modules() if isinstance(one, nn.MultiheadAttention)}
+def _watching(
+    model: nn.Module, called: Sequence[str], uncalled: set[str], moments: _Moments
+) -> Iterator[None]:
+    """See the inputs of linear maps, and the rows that embeddings are asked for."""
+    packed = {name for name, one in model.named_modules() if isinstance(one, nn.MultiheadAttention)}
     inside = {*packed, *(f"{name}.out_proj" if name else "out_proj" for name in packed)}
+    uncalled = uncalled | inside
 
-    def on_linear(name: str, _start: int, activation: Tensor, output: Tensor) -> Tensor:
-        moments.add_inputs(name, activation)
-        return output
+    def on_products(products: Sequence[Product]) -> list[Tensor | None]:
+        for product in products:
+            for name in dict.fromkeys(piece.name for piece in product.pieces):
+                moments.add_inputs(name, product.activation)
+        return [None] * len(products)
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            hook = _hook(partial(moments.add_inputs, name)) if name in names and name not in inside else None
+            if name in called and name not in inside:
+                hook = on_call(name, module, on_products)
+                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
             if isinstance(module, nn.Embedding):
-                hook = _hook(partial(moments.add_rows, name, len(module.weight)))
-            if hook is not None:
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-        if packed:
-            stack.enter_context(MultiheadLinears(packed, on_linear))
+                see = _hook(partial(moments.add_rows, name, len(module.weight)))
+                stack.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+        if uncalled:
+            stack.enter_context(MapWatcher(model, on_products, uncalled))
         yield
 
 

@@ -1,0 +1,202 @@
+"""From what moves each head of one attention to its projections: Q, K, V and O with the features of each head."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qkov_lightning.heads.projections import JOINED, Block, Projection
+from qkov_lightning.heads.slots import Feature, Head, NoHeadsError, is_unknown
+
+Sets = Sequence[frozenset[Feature]]
+"""Features of each head."""
+
+
+@dataclass(eq=False)
+class Parts:
+    """What was seen of one attention.
+
+    Attributes:
+        heads: Its heads.
+        sources: Identity of the input of the map of each feature.
+        outputs: Features of the output projection that carry each head; none without one.
+        near: Names of maps around it, for messages.
+    """
+
+    heads: list[Head]
+    sources: Mapping[Feature, tuple[int, ...]]
+    outputs: list[frozenset[Feature]]
+    near: list[str]
+    leaks: bool = False
+
+    def note_use(self, name: str) -> None:
+        """A linear map used the result; a second one says that the first is no output projection."""
+        if not any(feature[0] == name for own in self.outputs for feature in own):
+            self.leaks = True
+
+    def without_leaking_output(self) -> Parts:
+        """The same without an output projection that does not stand alone."""
+        return Parts(self.heads, self.sources, [], self.near) if self.leaks else self
+
+    def is_more_of(self, other: Parts) -> bool:
+        """Whether the other has further heads of the same attention: other features of one output projection."""
+        own, others = _union(self.outputs), _union(other.outputs)
+        return bool(own) and bool(others) and not own & others and _names(own) == _names(others)
+
+    def add(self, other: Parts) -> None:
+        """Take the heads of the other, too."""
+        self.heads = [*self.heads, *other.heads]
+        self.outputs = [*self.outputs, *other.outputs]
+        self.sources = {**self.sources, **other.sources}
+
+
+def assemble(
+    parts: Parts, widths: Mapping[str, int], axes: Mapping[str, tuple[int, ...]]
+) -> list[Projection]:
+    """The projections of one attention.
+
+    Args:
+        parts: What was seen of it.
+        widths: Output features of each map.
+        axes: Axes of each parameter that are input features.
+
+    Raises:
+        NoHeadsError: If heads share features that should be their own, or have none.
+    """
+    queries, keys, is_shared = _roles(parts)
+    values = [frozenset(f for f, (_, most) in head.values.items() if most > 1) for head in parts.heads]
+    names_of_values = {parts.sources.get(f) for own in values for f in own}
+    placed: dict[Block, Sets] = {
+        "Q": _narrowed(queries, "Q", parts, names_of_values),
+        "K": _narrowed(keys, "K", parts, names_of_values),
+        "V": _narrowed(values, "V", parts, names_of_values),
+    }
+    also: dict[Block, tuple[Block, ...]] = {}
+    if is_shared:  # queries and keys in one
+        also["Q"] = ("K",)
+        placed["K"] = []
+    for block in ("Q", "K"):
+        if any(placed[block]) and list(placed[block]) == list(placed["V"]):
+            also[block] = (*also.get(block, ()), "V")
+            placed["V"] = []
+    if not any(placed["Q"]) and not any(placed["K"]):
+        raise NoHeadsError("neither queries nor keys come from a linear map of their own")
+    if parts.outputs:
+        if not all(parts.outputs) or len(_union(parts.outputs)) != sum(map(len, parts.outputs)):
+            raise NoHeadsError(
+                "features of its output projection carry several heads, or none: the heads are mixed"
+            )
+        placed["O"] = parts.outputs
+    label = label_of(sorted({name for sets in placed.values() for name in _names(_union(sets))}))
+    result = []
+    for block, sets in placed.items():
+        if any(sets):
+            result.append(_projection(block, sets, label, widths, axes, also.get(block, ())))
+    return result
+
+
+def label_of(names: Sequence[str]) -> str:
+    """The innermost module around some maps."""
+    parts = [name.split(".") for name in names if name]
+    if not parts:
+        return "attention"
+    if len(parts) == 1:
+        return ".".join(parts[0][:-1]) or parts[0][0]
+    common = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    if ".".join(common) in names:
+        common = common[:-1]
+    return ".".join(common).removesuffix(".self") or "attention"
+
+
+def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
+    """Features that act on the scores as queries, and as keys; and whether they are the same."""
+    least: dict[Feature, int] = {}
+    most: dict[Feature, int] = {}
+    for head in parts.heads:
+        for feature, (few, many) in head.scores.items():
+            least[feature] = min(least.get(feature, few), few)
+            most[feature] = max(most.get(feature, many), many)
+    fewest = min(least.values(), default=1)  # where queries are pooled, more than one
+    one = {f for f in most if least[f] <= fewest}
+    several = {f for f in most if most[f] > fewest}
+    only_one, only_several, both = one - several, several - one, one & several
+    if any(is_unknown(feature) for feature in most):
+        raise NoHeadsError("its queries or keys come from a weight that is computed from others")
+    is_shared = bool(both) and not only_one and not only_several
+    queries, keys = set(only_one), set(only_several)
+    if is_shared or (both and not only_one):
+        queries = both
+    elif both and not only_several:
+        keys = both
+    elif both:
+        raise NoHeadsError("features act as queries at one place and as keys at another")
+    own = [frozenset(head.scores) for head in parts.heads]
+    return [s & queries for s in own], [s & keys for s in own], is_shared
+
+
+def _narrowed(sets: Sets, block: Block, parts: Parts, sources_of_values: Collection[object]) -> Sets:
+    """Without features that all heads share beside others of their own, and of one map for each head.
+
+    Raises:
+        NoHeadsError: If what is left of a head lies in several maps.
+    """
+    if any(is_unknown(f) for own in sets for f in own):
+        raise NoHeadsError(f"its block {block} comes from a weight that is computed from others")
+    whole = frozenset.intersection(*sets) if sets else frozenset()
+    if len(sets) > 1 and any(own - whole for own in sets):
+        sets = [own - whole for own in sets]
+    if max((len(_names(own)) for own in sets), default=0) > 1:  # positions have a map of their own
+        sets = [frozenset(f for f in own if parts.sources.get(f) in sources_of_values) for own in sets]
+        if max((len(_names(own)) for own in sets), default=0) != 1:
+            raise NoHeadsError(f"each head of its block {block} is made by several linear maps at once")
+    if any(sets) and not all(sets):
+        raise NoHeadsError(f"some of its heads have features of block {block}, and others have none")
+    return sets
+
+
+def _projection(
+    block: Block,
+    sets: Sets,
+    label: str,
+    widths: Mapping[str, int],
+    axes: Mapping[str, tuple[int, ...]],
+    also: tuple[Block, ...],
+) -> Projection:
+    distinct = list(dict.fromkeys(sets))
+    if len(_union(distinct)) != sum(map(len, distinct)):
+        raise NoHeadsError(
+            f"heads of its block {block} share some of their features, but not all: the heads are mixed"
+        )
+    group, rest = divmod(len(sets), len(distinct))
+    if rest or any(sets[i] != distinct[i // group] for i in range(len(sets))):
+        raise NoHeadsError(
+            f"a head of its block {block} serves query heads that do not stand side by side, and has no place in a heatmap"
+        )
+    if block in ("Q", "O") and group > 1:
+        raise NoHeadsError(f"several heads have the same features of block {block}")
+    if len({len(own) for own in distinct}) != 1:
+        raise NoHeadsError(f"heads of its block {block} differ in size")
+    names = list(dict.fromkeys(name for own in distinct for name in sorted(_names(own))))
+    if block == "O" and len(names) > 1:
+        raise NoHeadsError("several linear maps take its result")
+    starts, start = {}, 0
+    for name in names:
+        starts[name] = start
+        start += widths.get(name, 0)
+    features = torch.tensor([sorted(starts[name] + place for name, place in own) for own in distinct])
+    input_axes = tuple(axes.get(names[0], ()))
+    return Projection(JOINED.join(names), 0, label, block, features, group, input_axes, also)
+
+
+def _union(sets: Sets) -> frozenset[Feature]:
+    return frozenset().union(*sets)
+
+
+def _names(features: Collection[Feature]) -> set[str]:
+    return {name for name, _ in features}

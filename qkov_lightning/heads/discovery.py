@@ -1,0 +1,373 @@
+"""Heads found from one forward pass: no name, no config, only what moves what.
+
+The graph is cut at the output of every linear map and at every softmax. Which outputs of which map move the scores of
+which head, at how many tokens, says what is a query and what is a key; what the softmax weighs are the values; the
+linear map that its result goes into is the output projection. What is read off is then proven as any other head map.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qkov_lightning.heads.assembly import Parts, assemble, label_of
+from qkov_lightning.heads.influence import AttentionGraph
+from qkov_lightning.heads.influence import Leaf as GraphLeaf
+from qkov_lightning.heads.maps import is_map, untouched
+from qkov_lightning.heads.projections import BLOCKS, Projection
+from qkov_lightning.heads.slots import Leaf, NoHeadsError, Slots, context_features, find_heads
+from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, leaves_of
+from qkov_lightning.heads.watching import Product, on_call
+
+Run = Callable[[], object]
+"""Runs the model on a sample or a few."""
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What was found.
+
+    Attributes:
+        projections: The heads, layer by layer, in the order of the model's modules.
+        refused: What looks like attention, but has no heads that could be placed: where, and why.
+    """
+
+    projections: tuple[Projection, ...]
+    refused: tuple[tuple[str, str], ...]
+
+
+def discover_projections(model: nn.Module, run: Run) -> Discovery:
+    """Find and prove the heads of every attention that runs.
+
+    Args:
+        model: Left as found.
+        run: Runs it on one or a few samples of at least two tokens.
+    """
+    discoverer = _Discoverer(model)
+    with untouched(model), discoverer.watching():
+        run()
+        discoverer.finish()
+    return discoverer.result()
+
+
+@dataclass(eq=False)
+class _Found:
+    """One attention: its parts, and what became of them."""
+
+    parts: Parts
+    problem: str | None = None
+
+
+class _Discoverer(SoftmaxWatcher):
+    """Cuts the graph at every map and softmax, and looks at each attention as soon as its output is used."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, self._products)
+        self._model = model
+        self.softmaxes: list[Softmax] = []
+        self._leaf_of: dict[int, Leaf] = {}
+        self._found: list[_Found] = []
+        self._closed: dict[int, tuple[weakref.ref[Tensor], _Found | None]] = {}
+        self._widths: dict[str, int] = {}
+        self._axes: dict[str, tuple[int, ...]] = {}
+        self._clashes: set[str] = set()
+        self._running: list[str] = []
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hooks on the linear modules, and sight of the products without one."""
+        handles: list[Any] = []
+        for name, module in self._model.named_modules():
+            if is_map(module) and not isinstance(module, nn.MultiheadAttention):
+                hook = on_call(name, module, self._products)
+                handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
+                handles.append(module.register_forward_hook(self._leave(hook), with_kwargs=True))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, *_: object) -> None:
+        self._inside += 1
+
+    def _leave(self, hook: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+            self._inside -= 1
+            if self._inside or not isinstance(output, Tensor):
+                return None
+            with torch._C.DisableTorchFunction(), torch.enable_grad():
+                return hook(module, args, kwargs, output)
+
+        return leave
+
+    # What is seen
+
+    def _products(self, products: Sequence[Product]) -> list[Tensor | None]:
+        with torch._C.DisableTorchFunction():
+            self._used(products)
+            return [self._cut(product) for product in products]
+
+    def _cut(self, product: Product) -> Tensor:
+        leaf = product.output.detach().clone().requires_grad_()
+        features: list[tuple[str, int] | None] = [None] * leaf.shape[-1]
+        for piece in product.pieces:
+            self._note_axes(piece.name, piece.axes_of_inputs)
+            own = piece.output_features(self._axes[piece.name]).tolist()
+            self._widths[piece.name] = _width(piece.shape, self._axes[piece.name])
+            for column, feature in zip(piece.columns.tolist(), own, strict=True):
+                features[column] = (piece.name, feature)
+        activation = product.activation
+        source = (activation.data_ptr(), *activation.shape, *activation.stride())
+        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source)
+        return leaf.clone()
+
+    def _note_axes(self, name: str, axes: tuple[int, ...]) -> None:
+        if self._axes.setdefault(name, axes) != axes:
+            self._clashes.add(name)
+
+    def _used(self, products: Sequence[Product]) -> None:
+        """See whether the input of a linear map is the result of a softmax."""
+        reached: set[int] = set()
+        for product in products:
+            reached |= set(leaves_of(product.activation))
+        for key in reached & self._closed.keys():
+            reference, found = self._closed[key]
+            if reference() is not None and found is not None:
+                name = products[0].pieces[0].name if products[0].pieces else ""
+                found.parts.note_use(name)
+        own = [softmax for softmax in self.softmaxes if id(softmax.probabilities) in reached]
+        if own:
+            self.softmaxes = [
+                softmax for softmax in self.softmaxes if id(softmax.probabilities) not in reached
+            ]
+            self._close(own, products)
+
+    def finish(self) -> None:
+        """Look at what no linear map has used."""
+        with torch._C.DisableTorchFunction():
+            for softmax in self.softmaxes:
+                self._close([softmax], [])
+        self.softmaxes = []
+
+    # What it is
+
+    def _close(self, softmaxes: Sequence[Softmax], products: Sequence[Product]) -> None:
+        seen: list[tuple[Softmax, Slots]] = []
+        found: _Found | None = None
+        context = self._context(products)
+        for softmax in softmaxes:
+            values = self._values(softmax, context)
+            try:
+                seen.append((softmax, find_heads(len(seen), softmax, values, self._leaf_of)))
+            except NoHeadsError as error:
+                parts = Parts([], {}, [], self._near(softmax))
+                if "several tokens" not in str(error):
+                    self._found.append(_Found(parts, str(error)))
+        if seen:
+            found = self._read(seen, products, context)
+            self._found.append(found)
+        for softmax in softmaxes:
+            self._closed[id(softmax.probabilities)] = (weakref.ref(softmax.probabilities), found)
+
+    def _near(self, softmax: Softmax) -> list[str]:
+        """Maps that the scores come from."""
+        leaves = (self._leaf_of[key] for key in leaves_of(softmax.scores) if key in self._leaf_of)
+        return sorted({feature[0] for leaf in leaves for feature in leaf.features if feature})
+
+    def _context(self, products: Sequence[Product]) -> tuple[str, tuple[int, ...], Tensor] | None:
+        """The input of an output projection, with a feature for each that its parameter has."""
+        pieces = [piece for product in products for piece in product.pieces]
+        if not pieces or len({piece.name for piece in pieces}) != 1:
+            return None
+        axes = tuple(i for i in range(len(pieces[0].shape)) if i not in pieces[0].axes_of_outputs)
+        width = _size(pieces[0].shape, axes)
+        whole: Tensor | None = None
+        for product in products:
+            activation = product.activation
+            wide = activation.new_zeros(*activation.shape[:-1], width)
+            features = product.pieces[0].input_features(axes).to(wide.device)
+            wide = wide.index_copy(-1, features, activation)
+            whole = wide if whole is None else whole + wide
+        return None if whole is None else (pieces[0].name, axes, whole)
+
+    @staticmethod
+    def _values(softmax: Softmax, context: tuple[str, tuple[int, ...], Tensor] | None) -> Tensor | None:
+        """What each probability weighs, in the shape of the scores."""
+        ends = [
+            end
+            for end in (softmax.weighted_values, None if context is None else context[2])
+            if end is not None
+        ]
+        for end in ends:
+            generator = torch.Generator().manual_seed(0)
+            direction = torch.randn(end.shape, generator=generator, dtype=torch.float64).to(end)
+            (values,) = torch.autograd.grad(
+                end, softmax.probabilities, direction, create_graph=True, allow_unused=True
+            )
+            if values is not None:
+                return values
+        return None
+
+    def _read(
+        self,
+        seen: Sequence[tuple[Softmax, Slots]],
+        products: Sequence[Product],
+        context: tuple[str, tuple[int, ...], Tensor] | None,
+    ) -> _Found:
+        heads = [head for _, slots in seen for head in slots.heads]
+        sources = {
+            feature: leaf.source for leaf in self._leaf_of.values() for feature in leaf.features if feature
+        }
+        outputs: list[frozenset[tuple[str, int]]] = []
+        if context is not None:
+            name, axes, whole = context
+            self._axes.setdefault(f"{name} (inputs)", axes)
+            for softmax, slots in seen:
+                own = context_features(whole, softmax, slots)
+                outputs += [frozenset((name, feature) for feature in features) for features in own]
+        parts = Parts(heads, sources, outputs, self._near(seen[0][0]))
+        if products and context is None:
+            return _Found(
+                parts,
+                "its result goes into several linear maps at once, or into one whose weight is computed",
+            )
+        axes_of = {**self._axes, **({} if context is None else {context[0]: context[1]})}
+        widths = dict(self._widths)
+        try:
+            layer = assemble(parts, widths, axes_of)
+            self._prove(layer, seen, None if context is None else context[2])
+        except NoHeadsError as error:
+            return _Found(parts, str(error))
+        return _Found(parts)
+
+    def _prove(
+        self, layer: Sequence[Projection], seen: Sequence[tuple[Softmax, Slots]], context: Tensor | None
+    ) -> None:
+        """Check a head map as one that somebody claims.
+
+        Raises:
+            NoHeadsError: If it does not hold.
+        """
+        softmaxes = [softmax for softmax, _ in seen]
+        if len({softmax.scores.shape for softmax in softmaxes}) != 1:
+            raise NoHeadsError("softmaxes of different sizes lead to one output projection")
+
+        def headed(tensors: Sequence[Tensor]) -> Tensor:
+            return torch.cat(
+                [slots.headed(tensor) for tensor, (_, slots) in zip(tensors, seen, strict=True)], dim=1
+            )
+
+        weighted = [softmax.weighted_values for softmax in softmaxes]
+        if context is None and any(one is None for one in weighted):
+            raise NoHeadsError("it is not seen what becomes of its result")
+        graph = AttentionGraph(
+            {projection.block: projection for projection in layer},
+            sum(len(slots.heads) for _, slots in seen),
+            self._graph_leaves(layer),
+            headed([softmax.scores for softmax in softmaxes]),
+            [softmax.probabilities for softmax in softmaxes],
+            [context if one is None else one for one in weighted],  # type: ignore[misc]
+            context,
+            headed,
+        )
+        for (block, head), problem in graph.problems().items():
+            if problem:
+                raise NoHeadsError(f"head {head} of {block} {problem}")
+
+    def _graph_leaves(self, layer: Sequence[Projection]) -> dict[str, list[GraphLeaf]]:
+        leaves: dict[str, list[GraphLeaf]] = {}
+        for projection in layer:
+            starts, start = {}, 0
+            for name in projection.map_names:
+                starts[name] = start
+                start += self._widths.get(name, 0)
+            own = []
+            for leaf in self._leaf_of.values():
+                places = [
+                    (column, starts[feature[0]] + feature[1])
+                    for column, feature in enumerate(leaf.features)
+                    if feature and feature[0] in starts
+                ]
+                if places:
+                    columns, features = zip(*places, strict=True)
+                    own.append(GraphLeaf(leaf.tensor, torch.tensor(columns), torch.tensor(features), start))
+            leaves[projection.module_name] = own
+        return leaves
+
+    # What is said of it
+
+    def result(self) -> Discovery:
+        """All attention layers, and what was refused."""
+        refused: list[tuple[str, str]] = []
+        kept: list[Parts] = []
+        for found in self._found:
+            if found.problem is not None:
+                refused.append((label_of(found.parts.near), found.problem))
+                continue
+            parts = found.parts.without_leaking_output()
+            same = next((other for other in kept if other.is_more_of(parts)), None)
+            if same is None:
+                kept.append(parts)
+            else:
+                same.add(parts)
+        layers: list[list[Projection]] = []
+        for parts in kept:
+            names = {feature[0] for head in parts.heads for feature in (*head.scores, *head.values)}
+            if names & self._clashes:
+                refused.append((label_of(sorted(names)), "one weight is multiplied from both sides"))
+                continue
+            axes = dict(self._axes)
+            for name in {feature[0] for own in parts.outputs for feature in own}:
+                axes[name] = self._axes.get(f"{name} (inputs)", axes.get(name, ()))
+            try:
+                layers.append(assemble(parts, self._widths, axes))
+            except NoHeadsError as error:
+                refused.append((label_of(parts.near), str(error)))
+        order = {name: place for place, (name, _) in enumerate(self._model.named_modules())}
+        order |= {name: place for place, (name, _) in enumerate(self._model.named_parameters())}
+        unique = _unique(layers)
+        unique.sort(key=lambda layer: min(order.get(n, 0) for p in layer for n in p.map_names))
+        modules = {name for name, _ in self._model.named_modules()}
+        projections = [
+            replace(
+                projection,
+                layer=number,
+                input_axes=None if modules >= {*projection.map_names} else projection.input_axes,
+            )
+            for number, layer in enumerate(unique)
+            for projection in sorted(layer, key=lambda p: BLOCKS.index(p.block))
+        ]
+        return Discovery(tuple(projections), tuple(dict.fromkeys(refused)))
+
+
+def _unique(layers: Sequence[list[Projection]]) -> list[list[Projection]]:
+    """Without layers that ran more than once, as where layers share their weights."""
+    unique: dict[object, list[Projection]] = {}
+    for layer in layers:
+        key = tuple((p.block, p.module_name, tuple(p.head_features.flatten().tolist())) for p in layer)
+        unique.setdefault(key, layer)
+    return list(unique.values())
+
+
+def _size(shape: Sequence[int], axes: Sequence[int]) -> int:
+    size = 1
+    for axis in axes:
+        size *= shape[axis]
+    return size
+
+
+def _width(shape: Sequence[int], input_axes: Sequence[int]) -> int:
+    return _size(shape, [axis for axis in range(len(shape)) if axis not in input_axes])
+
+
+def explain(refused: Sequence[tuple[str, str]]) -> str:
+    """What was refused, in one sentence each."""
+    return " ".join(f"Attention `{where or '?'}` is not placed: {why}." for where, why in refused)

@@ -1,0 +1,307 @@
+"""The heads of one softmax, read off from derivatives: where they lie in its shape, and which features are theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qkov_lightning.heads.signatures import acting
+from qkov_lightning.heads.softmaxes import Softmax, leaves_of
+
+MAX_SLOTS = 1024
+"""Places along the axes of the heads, samples included where they share an axis."""
+
+NUM_POSITIONS = 6
+"""Query tokens that are looked at one by one, at most."""
+
+MASKED = 1e4
+"""A score below minus this is the mask's."""
+
+Feature = tuple[str, int]
+"""Name of a linear map, and one of its features."""
+
+FeatureSets = frozenset[Feature]
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """The output of one product, cut out of the graph.
+
+    Attributes:
+        tensor: The output.
+        features: What each of its columns is; None for a column whose weights are computed from others.
+        source: Identity of the input of the product.
+    """
+
+    tensor: Float[Tensor, "*token column"]
+    features: tuple[Feature | None, ...]
+    source: tuple[int, ...]
+
+    @property
+    def values(self) -> Float[Tensor, "token column"]:
+        """Its columns."""
+        return self.tensor.detach().reshape(-1, self.tensor.shape[-1])
+
+
+class NoHeadsError(ValueError):
+    """A softmax that has no heads, or none that can be told apart."""
+
+
+@dataclass
+class Head:
+    """One head.
+
+    Attributes:
+        softmax: The softmax that it is in.
+        slots: Its places in it.
+        scores: Features that move its scores, with the least and the largest number of tokens of each that one query
+            token sees.
+        values: Features that move what it weighs, likewise.
+    """
+
+    softmax: int
+    slots: list[tuple[int, ...]]
+    scores: dict[Feature, tuple[int, int]] = field(default_factory=dict)
+    values: dict[Feature, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Slots:
+    """The axes of a softmax along which its heads lie.
+
+    Attributes:
+        axes: Those axes.
+        heads: The heads, in the order of the first place of each.
+    """
+
+    axes: tuple[int, ...]
+    heads: tuple[Head, ...]
+
+    def headed(self, tensor: Float[Tensor, "*place key"]) -> Float[Tensor, "1 head query key"]:
+        """A tensor of the shape of the scores, with all but heads and keys in one axis."""
+        rest = [axis for axis in range(tensor.ndim - 1) if axis not in self.axes]
+        parts = []
+        for head in self.heads:
+            own = torch.stack([tensor[_at(tensor.ndim, self.axes, slot)] for slot in head.slots])
+            parts.append(own.reshape(-1, tensor.shape[-1]) if rest else own)
+        return torch.stack(parts)[None]
+
+
+def find_heads(number: int, softmax: Softmax, values: Tensor | None, leaf_of: Mapping[int, Leaf]) -> Slots:
+    """The heads of one softmax.
+
+    Args:
+        number: What the softmax is called in the result.
+        softmax: The softmax.
+        values: What its output weighs, in the shape of the scores, if there is anything.
+        leaf_of: What is known of the leaves of the graph.
+
+    Raises:
+        NoHeadsError: If it is no attention over tokens, or its heads cannot be told apart.
+    """
+    operands = [_Operand(softmax.scores, leaf_of)]
+    if values is not None and values.requires_grad:
+        operands.append(_Operand(values, leaf_of))
+    if not operands[0].leaves:
+        raise NoHeadsError("its scores come from no linear map that was seen")
+    positions = _positions(softmax.scores)
+    roles = [operand.tokens(positions, softmax.scores.ndim, {}) for operand in operands]
+    if max((most for _, most in roles[0].values()), default=0) < 2:
+        raise NoHeadsError("no query token looks at several tokens")
+    normalised = False
+    axes = _axes_of_heads(operands, softmax.scores.shape, normalised)
+    if not axes:
+        normalised = True
+        axes = _axes_of_heads(operands, softmax.scores.shape, normalised)
+    return _grouped(number, operands, axes, softmax.scores, positions)
+
+
+class _Operand:
+    """Scores or values, with the leaves that they were computed from."""
+
+    def __init__(self, tensor: Tensor, leaf_of: Mapping[int, Leaf]) -> None:
+        self.tensor = tensor
+        self.leaves = [leaf_of[key] for key in leaves_of(tensor) if key in leaf_of]
+        generator = torch.Generator().manual_seed(0)
+        self._direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+
+    def gradients(self, where: tuple[slice | int, ...]) -> list[Float[Tensor, "token column"]]:
+        """Derivatives, with respect to each leaf, of what lies there in a random direction."""
+        if not self.leaves:
+            return []
+        cotangent = torch.zeros_like(self.tensor)
+        cotangent[where] = self._direction[where]
+        found = torch.autograd.grad(
+            self.tensor,
+            [leaf.tensor for leaf in self.leaves],
+            cotangent,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        return [
+            torch.zeros_like(leaf.values) if g is None else g.detach().reshape(leaf.values.shape)
+            for g, leaf in zip(found, self.leaves, strict=True)
+        ]
+
+    def signature(
+        self, where: tuple[slice | int, ...], normalised: Callable[[int], bool]
+    ) -> tuple[Tensor, ...]:
+        """Columns of each leaf that move what lies there."""
+        return tuple(
+            acting(g, leaf.values, normalised(i)).cpu()
+            for i, (g, leaf) in enumerate(zip(self.gradients(where), self.leaves, strict=True))
+        )
+
+    def tokens(
+        self, positions: Sequence[Mapping[int, int]], ndim: int, slot: Mapping[int, int]
+    ) -> dict[Feature, tuple[int, int]]:
+        """The least and the largest number of tokens at which each feature acts, for a query token at a time."""
+        least: dict[Feature, int] = {}
+        most: dict[Feature, int] = {}
+        for position in positions:
+            index = {**position, **slot}
+            where = tuple(index.get(axis, slice(None)) for axis in range(ndim))
+            for g, leaf in zip(self.gradients(where), self.leaves, strict=True):
+                counts = (g != 0).sum(dim=0).tolist()
+                for feature, count in zip(leaf.features, counts, strict=True):
+                    if count:
+                        key = feature or _UNKNOWN
+                        least[key] = min(least.get(key, count), count)
+                        most[key] = max(most.get(key, 0), count)
+        return {key: (least[key], most[key]) for key in most}
+
+
+_UNKNOWN: Feature = ("", -1)
+"""A feature of a weight that is computed from others."""
+
+
+def is_unknown(feature: Feature) -> bool:
+    """Whether a feature is of a weight that is computed from others."""
+    return feature == _UNKNOWN
+
+
+def _at(ndim: int, axes: Sequence[int], slot: Sequence[int]) -> tuple[slice | int, ...]:
+    index = dict(zip(axes, slot, strict=True))
+    return tuple(index.get(axis, slice(None)) for axis in range(ndim))
+
+
+def _positions(scores: Tensor) -> list[dict[int, int]]:
+    """Index along each axis but the last of the places with the largest scores."""
+    sizes = scores.detach().double().abs()
+    strength = torch.where(sizes < MASKED, sizes, 0.0).sum(dim=-1)
+    # A causal mask leaves the first token one key, whatever its size: the last ones are looked at as well.
+    largest = strength.flatten().topk(min(NUM_POSITIONS - 1, strength.numel())).indices.tolist()
+    places = dict.fromkeys([*largest, strength.numel() - 1])
+    return [
+        {axis: int(i) for axis, i in enumerate(torch.unravel_index(torch.tensor(place), strength.shape))}
+        for place in places
+    ]
+
+
+def _axes_of_heads(operands: Sequence[_Operand], shape: Sequence[int], normalised: bool) -> tuple[int, ...]:
+    """Axes along which other features act from place to place."""
+    axes = []
+    for axis in range(len(shape) - 1):
+        size = shape[axis]
+        if size < 2:
+            continue
+        seen = set()
+        for index in dict.fromkeys((0, 1, size // 2, size - 1)):
+            where = _at(len(shape), [axis], [index])
+            columns = _columns(operands, where, lambda _: normalised)
+            if columns:
+                seen.add(columns)
+        if len(seen) > 1:
+            axes.append(axis)
+    return tuple(axes)
+
+
+def _columns(
+    operands: Sequence[_Operand], where: tuple[slice | int, ...], normalised: Callable[[int], bool]
+) -> frozenset[tuple[int, int, int]]:
+    return frozenset(
+        (o, leaf, column)
+        for o, operand in enumerate(operands)
+        for leaf, columns in enumerate(operand.signature(where, normalised))
+        for column in columns.nonzero().flatten().tolist()
+    )
+
+
+def _grouped(
+    number: int,
+    operands: Sequence[_Operand],
+    axes: tuple[int, ...],
+    scores: Tensor,
+    positions: Sequence[Mapping[int, int]],
+) -> Slots:
+    shape = scores.shape
+    slots = list(product(*(range(shape[axis]) for axis in axes)))
+    if len(slots) > MAX_SLOTS:
+        raise NoHeadsError(f"other features act at each of {len(slots)} places, more than heads can be")
+    plain = [
+        [operand.signature(_at(len(shape), axes, slot), lambda _: False) for operand in operands]
+        for slot in slots
+    ]
+    # Where every place feels all features of a map, a normalisation may carry them along.
+    suspects = [
+        [
+            all(torch.equal(plain[0][o][leaf], own[o][leaf]) for own in plain)
+            for leaf in range(len(operand.leaves))
+        ]
+        for o, operand in enumerate(operands)
+    ]
+    heads: dict[tuple[object, ...], Head] = {}
+    for slot in slots:
+        where = _at(len(shape), axes, slot)
+        sets = [
+            operand.signature(where, lambda leaf, o=o: suspects[o][leaf])  # type: ignore[misc]
+            for o, operand in enumerate(operands)
+        ]
+        key = tuple(tuple(columns.nonzero().flatten().tolist()) for own in sets for columns in own)
+        if not any(key):
+            continue
+        head = heads.setdefault(key, Head(number, []))
+        head.slots.append(slot)
+        if len(head.slots) > 1:
+            continue
+        at = dict(zip(axes, slot, strict=True))
+        for operand, own, target in zip(operands, sets, (head.scores, head.values), strict=False):
+            counts = operand.tokens(positions, len(shape), at)
+            for columns, leaf in zip(own, operand.leaves, strict=True):
+                for column in columns.nonzero().flatten().tolist():
+                    feature = leaf.features[column] or _UNKNOWN
+                    least, most = counts.get(feature, (0, 0))
+                    target[feature] = (least, most)
+    sizes = {len(head.slots) for head in heads.values()}
+    if len(sizes) != 1:
+        raise NoHeadsError("its places do not divide evenly into heads with features of their own")
+    return Slots(axes, tuple(heads.values()))
+
+
+def context_features(context: Tensor, softmax: Softmax, slots: Slots) -> list[frozenset[int]]:
+    """Features of the context that each head moves.
+
+    Args:
+        context: Input of the output projection.
+        softmax: The softmax.
+        slots: Its heads.
+    """
+    any_direction = torch.zeros_like(context, requires_grad=True)
+    (linear,) = torch.autograd.grad(context, softmax.probabilities, any_direction, create_graph=True)
+    moved: list[Tensor] = []
+    headed = slots.headed(linear)[0]
+    generator = torch.Generator().manual_seed(0)
+    for own in headed:
+        direction = torch.randn(own.shape, generator=generator, dtype=torch.float64).to(own)
+        (movement,) = torch.autograd.grad(own, any_direction, direction, retain_graph=True)
+        moved.append(movement.detach().reshape(-1, context.shape[-1]))
+    value = context.detach().reshape(-1, context.shape[-1])
+    plain = [acting(movement, value, normalised=False) for movement in moved]
+    is_spread = len(moved) > 1 and all(torch.equal(plain[0], own) for own in plain)
+    sets = [acting(movement, value, is_spread) for movement in moved]
+    return [frozenset(columns.nonzero().flatten().tolist()) for columns in sets]
