@@ -11,8 +11,8 @@ from .drift.drift import DriftReport as DriftReport
 from .drift.drift import Finding as Finding
 from .drift.drift import check_drift as check_drift
 from .freezer import HeadFreezer as HeadFreezer
-from .heads.architectures import find_projections as find_projections
 from .heads.architectures import register_architecture as register_architecture
+from .heads.finding import find_projections as find_projections
 from .heads.inspection import describe as describe
 from .heads.projections import Block as Block
 from .heads.projections import Projection as Projection

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.heads.weights import find_weight

@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.samples import Labels, read_labels, tasks_at_hand
 from qkov_lightning.capture.strategies import check_strategy
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.weights import adaptive_rates

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.projected import ProjectedWeight, SubspaceRule
 from qkov_lightning.heads.projections import BLOCKS, Projection, num_heads, num_layers
 from qkov_lightning.heads.shapes import is_linear

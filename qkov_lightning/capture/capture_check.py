@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qkov_lightning.capture.autograd_comparison import AutogradComparison, CaptureVerification, Comparison
 from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.projections import Projection
 
 

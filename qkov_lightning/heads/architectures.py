@@ -59,14 +59,14 @@ def register_architecture(class_name: str, recogniser: Recogniser) -> None:
         ...         "O": ("out", contiguous_heads(attention.heads, attention.size)),
         ...     }
         >>> register_architecture("MyAttention", my_heads)
-        >>> [projection.block for projection in find_projections(torch.nn.Sequential(MyAttention()))]
+        >>> [projection.block for projection in named_projections(torch.nn.Sequential(MyAttention()))]
         ['Q', 'K', 'V', 'O']
     """
     _registered[class_name] = recogniser
 
 
-def find_projections(model: nn.Module) -> list[Projection]:
-    """The Q, K, V and O projections of every attention layer, in the order of the model's modules.
+def named_projections(model: nn.Module) -> list[Projection]:
+    """The Q, K, V and O projections of every attention layer, placed by names, in the order of the model's modules.
 
     Args:
         model: Any module with attention layers inside.
@@ -96,7 +96,7 @@ def find_projections(model: nn.Module) -> list[Projection]:
             continue
         placed.add(name)
         if head_map:
-            projections += _layer(layer, name, head_map, model)
+            projections += projections_of(model, name, head_map, layer)
             layer += 1
     for name, message in suspects.items():
         # A wrapper around an attention that was placed is none itself.
@@ -112,13 +112,31 @@ def find_projections(model: nn.Module) -> list[Projection]:
     return projections
 
 
+def registered_modules(model: nn.Module) -> dict[str, HeadMap]:
+    """What ``register_architecture`` says of the modules of a model."""
+    return {
+        name: _registered[cls.__name__](module)
+        for name, module in model.named_modules()
+        for cls in type(module).__mro__[:1]
+        if cls.__name__ in _registered
+    }
+
+
 def _is_inside(name: str, containers: set[str]) -> bool:
     return any(
         name == container or name.startswith(f"{container}.") or not container for container in containers
     )
 
 
-def _layer(layer: int, name: str, head_map: HeadMap, model: nn.Module) -> list[Projection]:
+def projections_of(model: nn.Module, name: str, head_map: HeadMap, layer: int = 0) -> list[Projection]:
+    """The projections of one attention module.
+
+    Args:
+        model: Holds it.
+        name: Path of the attention module.
+        head_map: Its heads.
+        layer: Its number.
+    """
     num_query_heads = head_map["Q"][1].shape[0] if "Q" in head_map else 0
     result = []
     for block in BLOCKS:

@@ -40,17 +40,6 @@ class Parts:
         """The same without an output projection that does not stand alone."""
         return Parts(self.heads, self.sources, [], self.near) if self.leaks else self
 
-    def is_more_of(self, other: Parts) -> bool:
-        """Whether the other has further heads of the same attention: other features of one output projection."""
-        own, others = _union(self.outputs), _union(other.outputs)
-        return bool(own) and bool(others) and not own & others and _names(own) == _names(others)
-
-    def add(self, other: Parts) -> None:
-        """Take the heads of the other, too."""
-        self.heads = [*self.heads, *other.heads]
-        self.outputs = [*self.outputs, *other.outputs]
-        self.sources = {**self.sources, **other.sources}
-
 
 def assemble(
     parts: Parts, widths: Mapping[str, int], axes: Mapping[str, tuple[int, ...]]

@@ -77,7 +77,7 @@ class _Discoverer(SoftmaxWatcher):
         self._widths: dict[str, int] = {}
         self._axes: dict[str, tuple[int, ...]] = {}
         self._clashes: set[str] = set()
-        self._running: list[str] = []
+        self._partial: list[Product] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -135,24 +135,37 @@ class _Discoverer(SoftmaxWatcher):
 
     def _used(self, products: Sequence[Product]) -> None:
         """See whether the input of a linear map is the result of a softmax."""
+        name = products[0].pieces[0].name if products[0].pieces else ""
+        if self._partial and name != self._partial[0].pieces[0].name:
+            self._flush()
         reached: set[int] = set()
         for product in products:
             reached |= set(leaves_of(product.activation))
         for key in reached & self._closed.keys():
             reference, found = self._closed[key]
             if reference() is not None and found is not None:
-                name = products[0].pieces[0].name if products[0].pieces else ""
                 found.parts.note_use(name)
+        if not any(id(softmax.probabilities) in reached for softmax in self.softmaxes):
+            return
+        self._partial += products
+        if not _is_partial(products):
+            self._flush()
+
+    def _flush(self) -> None:
+        """Look at the softmaxes whose result went into the last products."""
+        products, self._partial = self._partial, []
+        reached: set[int] = set()
+        for product in products:
+            reached |= set(leaves_of(product.activation))
         own = [softmax for softmax in self.softmaxes if id(softmax.probabilities) in reached]
-        if own:
-            self.softmaxes = [
-                softmax for softmax in self.softmaxes if id(softmax.probabilities) not in reached
-            ]
-            self._close(own, products)
+        self.softmaxes = [softmax for softmax in self.softmaxes if id(softmax.probabilities) not in reached]
+        self._close(own, products)
 
     def finish(self) -> None:
         """Look at what no linear map has used."""
         with torch._C.DisableTorchFunction():
+            if self._partial:
+                self._flush()
             for softmax in self.softmaxes:
                 self._close([softmax], [])
         self.softmaxes = []
@@ -312,12 +325,7 @@ class _Discoverer(SoftmaxWatcher):
             if found.problem is not None:
                 refused.append((label_of(found.parts.near), found.problem))
                 continue
-            parts = found.parts.without_leaking_output()
-            same = next((other for other in kept if other.is_more_of(parts)), None)
-            if same is None:
-                kept.append(parts)
-            else:
-                same.add(parts)
+            kept.append(found.parts.without_leaking_output())
         layers: list[list[Projection]] = []
         for parts in kept:
             names = {feature[0] for head in parts.heads for feature in (*head.scores, *head.values)}
@@ -346,6 +354,16 @@ class _Discoverer(SoftmaxWatcher):
             for projection in sorted(layer, key=lambda p: BLOCKS.index(p.block))
         ]
         return Discovery(tuple(projections), tuple(dict.fromkeys(refused)))
+
+
+def _is_partial(products: Sequence[Product]) -> bool:
+    """Whether they use some of the input features of one parameter: others may follow, head by head."""
+    pieces = [piece for product in products for piece in product.pieces]
+    if len({piece.name for piece in pieces}) != 1:
+        return False
+    axes = [i for i in range(len(pieces[0].shape)) if i not in pieces[0].axes_of_outputs]
+    used = {feature for piece in pieces for feature in piece.input_features(axes).tolist()}
+    return len(used) < _size(pieces[0].shape, axes)
 
 
 def _unique(layers: Sequence[list[Projection]]) -> list[list[Projection]]:

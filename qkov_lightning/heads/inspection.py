@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import LinearMap, find_map
 from qkov_lightning.heads.projections import Projection
 

@@ -38,6 +38,7 @@ class Projection:
         input_axes: Of a parameter: its axes that are input features; the others are output features.
         also: Other blocks that the very same features are, as of a model whose values are its keys. They have
             no projection of their own.
+        placed: How it was placed, in words.
     """
 
     module_name: str
@@ -48,6 +49,7 @@ class Projection:
     query_group: int = 1
     input_axes: tuple[int, ...] | None = None
     also: tuple[Block, ...] = ()
+    placed: str = "by name"
 
     def __post_init__(self) -> None:
         where = f"Layer {self.layer} (`{self.layer_name}`), block {self.block}"

@@ -54,9 +54,8 @@ def _carried_along(
     if len(places) < LEAST_GROUP:
         return torch.zeros_like(among)
     generator = torch.Generator().manual_seed(len(places))
-    pairs = torch.stack([
-        places[torch.randperm(len(places), generator=generator)[:2]] for _ in range(NUM_TRIES)
-    ])
+    shuffled = torch.rand(NUM_TRIES, len(places), generator=generator).argsort(dim=1)
+    pairs = places[shuffled[:, :2].to(places.device)]
     (g_r, g_s), (y_r, y_s) = (t[:, pairs].permute(2, 1, 0) for t in (g, y))  # [pair's place][try, row]
     slope = (g_r - g_s) / torch.where(y_r == y_s, torch.inf, y_r - y_s)
     constant = g_r - slope * y_r

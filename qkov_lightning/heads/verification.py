@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.architectures import named_projections
 from qkov_lightning.heads.influence import AttentionGraph, Leaf, by_head
 from qkov_lightning.heads.maps import LinearMap, MapPart, find_map, untouched
 from qkov_lightning.heads.projections import Block, Projection
 from qkov_lightning.heads.shapes import is_pointwise_convolution
 from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, leads_to
 from qkov_lightning.heads.watching import Piece, Product, on_call
+
+NOT_SEEN = "not seen"
+"""Begins what is said of a cell that could not be checked."""
 
 LABEL_KEYS = ("task", "sample_id", "num_target_tokens")
 """Entries of a batch that speak to the monitor, not to the model."""
@@ -39,6 +42,11 @@ class CellCheck:
     projection: Projection
     head: int
     problem: str | None
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether the slice is another head, or none; not so where it could not be checked."""
+        return self.problem is not None and not self.problem.startswith(NOT_SEEN)
 
     def __str__(self) -> str:
         name = (
@@ -99,7 +107,7 @@ def verify_projections(
         A check per layer, block and head. A layer whose attention does not pass through a softmax that can
         be watched is reported as not proven.
     """
-    placed = find_projections(model) if projections is None else list(projections)
+    placed = named_projections(model) if projections is None else list(projections)
     observer = _Observer(model, placed)
     run = forward or (lambda inputs: call(model, inputs))
     with untouched(model), observer.watching():
@@ -165,7 +173,7 @@ class _Observer(SoftmaxWatcher):
             for head in range(projection.num_heads):
                 problem = self._problems.get(
                     (projection.layer, projection.block, head),
-                    "not seen: the layer did not run, or not as softmax attention with its heads in view, over two tokens at least "
+                    f"{NOT_SEEN}: the layer did not run, or not as softmax attention with its heads in view, over two tokens at least "
                     '(fused kernels hide it: load the model with attn_implementation="sdpa" or "eager")',
                 )
                 yield CellCheck(projection, head, problem)

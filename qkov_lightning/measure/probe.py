@@ -27,7 +27,7 @@ from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.capture.taps import GradientCapture
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.certainty import jackknife_error

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.shapes import is_linear

@@ -124,7 +124,7 @@ class Maps(nn.Module):
         start = 0
         if d.strided and len({self.sizes[b] for b, _ in pieces}) == 1:
             for i, piece in enumerate(pieces):
-                places[piece] = list(range(i, len(pieces) * d.size, len(pieces)))
+                places[piece] = list(range(i, len(pieces) * self.sizes[piece[0]], len(pieces)))
             start = len(pieces) * self.sizes[pieces[0][0]]
         else:
             for piece in pieces:
