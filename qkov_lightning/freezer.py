@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 
-from qkov_lightning.heads.finding import find_projections
+from qkov_lightning.capture.first_batch import Verify, place_heads
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.heads.weights import find_weight
@@ -55,7 +55,9 @@ class HeadFreezer(StepCallback):
         stop_step: Optimiser step at which it ends; never by default.
         start_epoch: Epoch at which it starts.
         stop_epoch: Epoch at which it ends; never by default.
-        projections: Head map; found by ``find_projections`` by default.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that out; see
+            :class:`~qkov_lightning.InterferenceMonitor`.
 
     Raises:
         ValueError: If there is not exactly one source of cells, a name is no cell, or a number is out of
@@ -79,6 +81,7 @@ class HeadFreezer(StepCallback):
         start_epoch: int = 0,
         stop_epoch: int | None = None,
         projections: Sequence[Projection] | None = None,
+        verify: Verify = "first_batch",
     ) -> None:
         if sum(source is not None for source in (cells, heatmap, monitor)) != 1:
             raise ValueError("HeadFreezer: expected exactly one of cells, heatmap and monitor.")
@@ -98,7 +101,7 @@ class HeadFreezer(StepCallback):
         self.score, self.pair, self.top = score, pair, top
         self.start_step, self.stop_step = start_step, stop_step
         self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
-        self.projections = projections
+        self.projections, self.verify = projections, verify
         self.cells: tuple[str, ...] = () if cells is None else tuple(dict.fromkeys(cells))
         """Names of the cells that are frozen, or will be; empty until a heatmap has decided."""
         self.num_frozen = 0
@@ -106,6 +109,7 @@ class HeadFreezer(StepCallback):
         self._map: dict[str, tuple[Projection, int]] = {}
         self._slices: list[FrozenSlice] = []
         self._thawed = False
+        self._has_begun = False
         self._in_range = False
         self._undecided: InterferenceHeatmap | None = None
         for name in self.cells:
@@ -118,13 +122,18 @@ class HeadFreezer(StepCallback):
 
     # When
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads, before anything is compiled, and choose the cells if they come from a file.
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hook the steps of every optimiser."""
+        self._has_begun = False
+        if self.monitor is not None and trainer.global_step == 0:
+            self.cells = ()  # those of an earlier training
+            self._slices, self.num_frozen = [], 0
+        self._watch_steps(trainer)
 
-        Raises:
-            ValueError: If no cell of the file surely hurts.
-        """
-        projections = list(self.projections or find_projections(pl_module))
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Place the heads, choose the cells if they come from a file, and find their weights."""
+        self._has_begun = True
+        projections = place_heads(trainer, pl_module, batch, self.projections, self.verify)
         self._map = {
             name: (projection, head)
             for projection in projections
@@ -135,20 +144,19 @@ class HeadFreezer(StepCallback):
             verdict = self._choose(heatmap)
             if not self.cells:
                 raise ValueError(f"HeadFreezer: {nothing_sure(verdict, self.heatmap)} {NOTHING_FROZEN}")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the weights, and hook the steps of every optimiser."""
-        if self.monitor is not None and trainer.global_step == 0:
-            self.cells = ()  # those of an earlier training
-            self._slices, self.num_frozen = [], 0
         if self.cells:
             self._find_slices(pl_module)
-        self._watch_steps(trainer)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """See whether this batch is in the range, and whether the monitor has a new heatmap by now."""
+        """See whether this batch is in the range, and whether the monitor has a new heatmap by now.
+
+        Raises:
+            ValueError: At the first batch, if no cell of the file surely hurts, or the heads cannot be placed.
+        """
+        if not self._has_begun:
+            self._begin(trainer, pl_module, batch)
         self._in_range = (
             self.start_step <= trainer.global_step < (self.stop_step or 2**62)
             and self.start_epoch <= trainer.current_epoch < (self.stop_epoch or 2**62)

@@ -17,10 +17,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from qkov_lightning.capture.first_batch import VERIFY, Verify, place_heads
 from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.samples import Labels, read_labels, tasks_at_hand
 from qkov_lightning.capture.strategies import check_strategy
-from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.weights import adaptive_rates
@@ -90,7 +90,10 @@ class InterferenceMonitor(Callback):
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         figures: Scores to draw for every task pair after each epoch, besides the overview and ``loss_rise``
             of the five worst pairs.
-        projections: Head map; found by ``find_projections`` by default.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, by derivatives, before the
+            first step: it stops at a head that is not where it is said to be, or goes on with the right map. Takes
+            about two forward passes of one sample. "off" leaves it out.
         probe: Samples to measure at the current weights, instead of those that training happens to see:
             a DataLoader, or the name of the data module's method that returns one. See
             ``probe_interference``.
@@ -129,6 +132,7 @@ class InterferenceMonitor(Callback):
         num_hot_cells: int = 10,
         figures: Sequence[str] = (),
         projections: Sequence[Projection] | None = None,
+        verify: Verify = "first_batch",
         probe: str | Probe | None = None,
         probe_loss: Callable[..., Any] | None = None,
         keep_cache: bool = False,
@@ -145,6 +149,7 @@ class InterferenceMonitor(Callback):
             ("storage", storage, storage in {"auto", "exact", "factors", "sampled"}, "auto, exact or sampled"),
             ("storage", storage, probe is None or storage != "sampled", "auto or exact: a probe measures exact gradients"),
             ("update_direction", update_direction, update_direction in directions, "auto, adam, sgd or state"),
+            ("verify", verify, verify in VERIFY, "first_batch or off"),
             ("update_direction", update_direction, probe is None or update_direction != "state", "auto, adam or sgd with a probe"),
             ("cache_dir", cache_dir, cache_dir is None or not is_remote(cache_dir), "a local folder: files are renamed and mapped"),
             *number_rules(damping, step_size, fisher_decay, num_hot_cells),
@@ -169,6 +174,7 @@ class InterferenceMonitor(Callback):
         self.num_hot_cells = num_hot_cells
         self.figures = tuple(figures)
         self.projections = projections
+        self.verify: Verify = verify
         self.probe = probe
         self.probe_loss = probe_loss
         self.keep_cache = keep_cache
@@ -178,6 +184,8 @@ class InterferenceMonitor(Callback):
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Results | None = None
         self._restored: dict[str, Any] | None = None
+        self._projections: list[Projection] = []
+        self._has_begun = False
         self._failed_loggers: set[int] = set()
         self._seen: set[str] = set()
 
@@ -189,32 +197,49 @@ class InterferenceMonitor(Callback):
     # When to capture
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads and install the taps, before anything is compiled.
+        """Refuse what cannot be right.
 
         Raises:
             ValueError: If the strategy is one under which gradients would be wrong.
         """
         check_strategy(trainer, self.probe is not None)
-        self._projections = list(self.projections or find_projections(pl_module))
-        if self.probe is None:
-            self._recording.tap(pl_module, self._projections, self.loss_reduction, Processes.of(trainer))
+        self._has_begun = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the cache, of a new run or of the one that a checkpoint belongs to."""
+        """Say where the results go."""
+        if not self._goes_on(trainer):
+            # Whatever an earlier training left.
+            self.heatmap, self._failed_loggers, self._seen = None, set(), set()
+            self._results = Results(Processes.of(trainer).from_first(self._results_folder(trainer)))
+            self._cache_folder(self._results)
+
+    def _goes_on(self, trainer: Trainer) -> bool:
+        """Whether ``fit`` was called again."""
+        return self._restored is None and trainer.global_step > 0 and self._recording.store is not None
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Place the heads, install the taps and open the cache, of a new run or of that of a checkpoint."""
+        self._has_begun = True
+        self._projections = place_heads(trainer, pl_module, batch, self.projections, self.verify)
         processes = Processes.of(trainer)
-        state, self._restored = self._restored, None
-        called_again = state is None and trainer.global_step > 0
-        if called_again and self._recording.reopen(self._projections):
-            return
-        # Whatever an earlier training left.
-        self.heatmap, self._failed_loggers, self._seen = None, set(), set()
-        self._results = Results(processes.from_first(self._results_folder(trainer)))
-        self._recording.open(self._cache_folder(self._results), self._projections, processes, state)
+        if self.probe is None:
+            self._recording.tap(pl_module, self._projections, self.loss_reduction, processes)
+        if self._goes_on(trainer):
+            self._recording.reopen(self._projections)
+        elif self._results is not None:
+            state, self._restored = self._restored, None
+            self._recording.open(self._cache_folder(self._results), self._projections, processes, state)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Watch one batch of every n."""
+        """Watch one batch of every n; at the first one, begin.
+
+        Raises:
+            ArchitectureError: If the heads cannot be placed, or are not where they are said to be.
+        """
+        if not self._has_begun:
+            self._begin(trainer, pl_module, batch)
         # Stochastic weight averaging passes over the data once more to count its batch norms, without
         # learning.
         if not trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward:

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from qkov_lightning.heads.finding import find_projections
+from qkov_lightning.capture.first_batch import Verify, place_heads
 from qkov_lightning.heads.projected import ProjectedWeight, SubspaceRule
 from qkov_lightning.heads.projections import BLOCKS, Projection, num_heads, num_layers
 from qkov_lightning.heads.shapes import is_linear
@@ -63,7 +63,9 @@ class HeadProjector(StepCallback):
         rest: "leave" protects attention heads alone. "tensors" protects all other weights that train, too:
             linear modules by the directions of their inputs; of embeddings, the rows that the tasks use are
             held; everything else (gains and biases, positions) is held as a whole.
-        projections: Head map; found by ``find_projections`` by default.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that out; see
+            :class:`~qkov_lightning.InterferenceMonitor`.
 
     Raises:
         ValueError: If an argument is out of range, or a name is no cell; at the start of training, if the
@@ -87,6 +89,7 @@ class HeadProjector(StepCallback):
         pair: str | None = None,
         every_n_epochs: int | None = None,
         projections: Sequence[Projection] | None = None,
+        verify: Verify = "first_batch",
     ) -> None:
         check_rank(rank)
         if rest not in {"leave", "tensors"}:
@@ -114,6 +117,7 @@ class HeadProjector(StepCallback):
             )
         super().__init__()
         self.protect, self.rank, self.rest, self.projections = protect, rank, rest, projections
+        self.verify: Verify = verify
         self.heatmap, self.pair, self.every_n_epochs = heatmap, pair, every_n_epochs
         self.cells = cells if isinstance(cells, (str, int)) else tuple(dict.fromkeys(names))
         self.subspace: ProtectedSubspace | None = None
@@ -125,46 +129,48 @@ class HeadProjector(StepCallback):
         self._weights: dict[str, ProjectedWeight] = {}
         self._cells: dict[str, list[tuple[Projection, list[int]]]] = {}
         self._held: list[FrozenSlice] = []
-        self._by_hand = False
+        self._by_hand = self._has_begun = False
         self._failed_loggers: set[int] = set()
 
     # When
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Place the heads, before anything is compiled, and choose cells where a heatmap does.
-
-        Raises:
-            ValueError: If no cell of the heatmap surely hurts.
-        """
-        self._projections = list(self.projections or find_projections(pl_module))
-        known = [name for projection in self._projections for name in projection.cell_names]
-        if isinstance(self.cells, int) and self.heatmap is not None:
-            heatmap = InterferenceHeatmap.load(find_latest(Path(self.heatmap).expanduser()))
-            self._names, verdict = worst_cells(heatmap, self._projections, self.pair, top=self.cells)
-            if not self._names:
-                raise ValueError(
-                    f"HeadProjector: {nothing_sure(verdict, self.heatmap)} Name the cells, or protect all of them."
-                )
-        elif isinstance(self.cells, tuple):
-            unknown = [name for name in self.cells if name not in known]
-            if unknown:
-                raise ValueError(f"HeadProjector: the model has no cell {', '.join(unknown)}.")
-            self._names = self.cells
-        else:
-            self._names = tuple(known)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read or measure what is protected, and hook the steps of every optimiser.
+        """Hook the steps of every optimiser."""
+        self._has_begun = False
+        self._watch_steps(trainer)
 
-        Raises:
-            SubspaceError: If the file is of another model.
-        """
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Place the heads, choose the cells, read or measure what is protected, and find the weights."""
+        self._has_begun = True
+        self._projections = place_heads(trainer, pl_module, batch, self.projections, self.verify)
+        self._names = self._chosen()
         if isinstance(self.protect, (str, Path)):
             self.subspace = ProtectedSubspace.load(Path(self.protect).expanduser())
         elif self.subspace is None or trainer.global_step == 0:
             self.subspace = self._measure(pl_module, self.protect)
         self._place(pl_module, self.subspace)
-        self._watch_steps(trainer)
+
+    def _chosen(self) -> tuple[str, ...]:
+        """Names of the cells that are protected.
+
+        Raises:
+            ValueError: If no cell of the heatmap surely hurts, or the model has no such cell.
+        """
+        known = tuple(name for projection in self._projections for name in projection.cell_names)
+        if isinstance(self.cells, int) and self.heatmap is not None:
+            heatmap = InterferenceHeatmap.load(find_latest(Path(self.heatmap).expanduser()))
+            names, verdict = worst_cells(heatmap, self._projections, self.pair, top=self.cells)
+            if not names:
+                raise ValueError(
+                    f"HeadProjector: {nothing_sure(verdict, self.heatmap)} Name the cells, or protect all of them."
+                )
+            return names
+        if not isinstance(self.cells, tuple):
+            return known
+        unknown = [name for name in self.cells if name not in known]
+        if unknown:
+            raise ValueError(f"HeadProjector: the model has no cell {', '.join(unknown)}.")
+        return self.cells
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure again, if it is time."""
@@ -179,7 +185,14 @@ class HeadProjector(StepCallback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the weights before a batch whose steps the user takes, some of which may have no hooks."""
+        """Note the weights before a batch whose steps the user takes, some of which may have no hooks.
+
+        Raises:
+            ValueError: At the first batch, if the heads cannot be placed, no cell surely hurts, or what is protected is
+                of another model.
+        """
+        if not self._has_begun:
+            self._begin(trainer, pl_module, batch)
         self._by_hand = not pl_module.automatic_optimization
         if self._by_hand:
             self._note()

@@ -17,6 +17,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -40,6 +41,67 @@ def training_loss(model: nn.Module) -> Loss:
         return value
 
     return loss
+
+
+def forward_pass(model: LightningModule, batch: Any) -> None:
+    """Run a training step up to its first backward pass, or its end.
+
+    A module that optimises by itself meets optimisers that do nothing.
+    """
+    if model.automatic_optimization:
+        training_loss(model)(model, batch)
+        return
+    takes_index = len(inspect.signature(model.training_step).parameters) > 1
+    stand_ins = {"manual_backward": _stop, "optimizers": _NoOptimizer, "lr_schedulers": _NoOptimizer}
+    vars(model).update(stand_ins)
+    try:
+        with _NoBackward(), contextlib.suppress(_StopForward):
+            model.training_step(*([batch, 0] if takes_index else [batch]))
+    finally:
+        for name in stand_ins:
+            vars(model).pop(name, None)
+
+
+class _StopForward(Exception):
+    """The forward pass is over."""
+
+
+def _stop(*_: object, **__: object) -> None:
+    raise _StopForward
+
+
+class _NoOptimizer:
+    """An optimiser, or several of them, that does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return _NoOptimizer
+
+    def __call__(self, *_: object, **__: object) -> _NoOptimizer:
+        return self
+
+    def __iter__(self) -> Iterator[_NoOptimizer]:
+        return iter([_NoOptimizer()] * 2)
+
+    def __getitem__(self, _: int) -> _NoOptimizer:
+        return self
+
+    def __enter__(self) -> _NoOptimizer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _NoBackward(TorchFunctionMode):
+    """A backward pass ends the forward pass before it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            raise _StopForward
+        return func(*args, **(kwargs or {}))
 
 
 def to_device(model: nn.Module, batch: Any, device: torch.device) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from qkov_lightning.heads.projections import JOINED, Block, Projection
-from qkov_lightning.heads.slots import Feature, Head, NoHeadsError, is_unknown
+from qkov_lightning.heads.slots import Feature, Head, NoHeadsError
 
 Sets = Sequence[frozenset[Feature]]
 """Features of each head."""
@@ -23,12 +23,15 @@ class Parts:
         sources: Identity of the input of the map of each feature.
         outputs: Features of the output projection that carry each head; none without one.
         near: Names of maps around it, for messages.
+        computed: For scores and values of each softmax, at how many tokens features act whose weights are computed.
+        leaks: Whether its result goes elsewhere, too.
     """
 
     heads: list[Head]
     sources: Mapping[Feature, tuple[int, ...]]
     outputs: list[frozenset[Feature]]
     near: list[str]
+    computed: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = ()
     leaks: bool = False
 
     def note_use(self, name: str) -> None:
@@ -38,7 +41,7 @@ class Parts:
 
     def without_leaking_output(self) -> Parts:
         """The same without an output projection that does not stand alone."""
-        return Parts(self.heads, self.sources, [], self.near) if self.leaks else self
+        return replace(self, outputs=[]) if self.leaks else self
 
 
 def assemble(
@@ -70,6 +73,7 @@ def assemble(
         if any(placed[block]) and list(placed[block]) == list(placed["V"]):
             also[block] = (*also.get(block, ()), "V")
             placed["V"] = []
+    _check_computed(parts, placed)
     if not any(placed["Q"]) and not any(placed["K"]):
         raise NoHeadsError("neither queries nor keys come from a linear map of their own")
     if parts.outputs:
@@ -84,6 +88,24 @@ def assemble(
         if any(sets):
             result.append(_projection(block, sets, label, widths, axes, also.get(block, ())))
     return result
+
+
+def _check_computed(parts: Parts, placed: Mapping[Block, Sets]) -> None:
+    """Refuse a block that is missing because its weight is computed from others.
+
+    Raises:
+        NoHeadsError: If there is one.
+    """
+    scores = [count for own, _ in parts.computed for count in own]
+    values = [count for _, own in parts.computed for count in own]
+    missing = {
+        "Q": 1 in scores,
+        "K": any(count > 1 for count in scores),
+        "V": any(count > 1 for count in values),
+    }
+    for block, is_computed in missing.items():
+        if is_computed and not any(placed[block]):  # type: ignore[index]
+            raise NoHeadsError(f"its block {block} comes from a weight that is computed from others")
 
 
 def label_of(names: Sequence[str]) -> str:
@@ -115,8 +137,6 @@ def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
     one = {f for f in most if least[f] <= fewest}
     several = {f for f in most if most[f] > fewest}
     only_one, only_several, both = one - several, several - one, one & several
-    if any(is_unknown(feature) for feature in most):
-        raise NoHeadsError("its queries or keys come from a weight that is computed from others")
     is_shared = bool(both) and not only_one and not only_several
     queries, keys = set(only_one), set(only_several)
     if is_shared or (both and not only_one):
@@ -135,8 +155,6 @@ def _narrowed(sets: Sets, block: Block, parts: Parts, sources_of_values: Collect
     Raises:
         NoHeadsError: If what is left of a head lies in several maps.
     """
-    if any(is_unknown(f) for own in sets for f in own):
-        raise NoHeadsError(f"its block {block} comes from a weight that is computed from others")
     whole = frozenset.intersection(*sets) if sets else frozenset()
     if len(sets) > 1 and any(own - whole for own in sets):
         sets = [own - whole for own in sets]

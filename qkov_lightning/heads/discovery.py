@@ -21,7 +21,7 @@ from qkov_lightning.heads.influence import AttentionGraph
 from qkov_lightning.heads.influence import Leaf as GraphLeaf
 from qkov_lightning.heads.maps import is_map, untouched
 from qkov_lightning.heads.projections import BLOCKS, Projection
-from qkov_lightning.heads.slots import Leaf, NoHeadsError, Slots, context_features, find_heads
+from qkov_lightning.heads.slots import NAMELESS, Leaf, NoHeadsError, Slots, context_features, find_heads
 from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, leaves_of
 from qkov_lightning.heads.watching import Product, on_call
 
@@ -117,7 +117,8 @@ class _Discoverer(SoftmaxWatcher):
 
     def _cut(self, product: Product) -> Tensor:
         leaf = product.output.detach().clone().requires_grad_()
-        features: list[tuple[str, int] | None] = [None] * leaf.shape[-1]
+        nameless = f"{NAMELESS} {len(self._leaf_of)}"
+        features = [(nameless, column) for column in range(leaf.shape[-1])]
         for piece in product.pieces:
             self._note_axes(piece.name, piece.axes_of_inputs)
             own = piece.output_features(self._axes[piece.name]).tolist()
@@ -126,7 +127,8 @@ class _Discoverer(SoftmaxWatcher):
                 features[column] = (piece.name, feature)
         activation = product.activation
         source = (activation.data_ptr(), *activation.shape, *activation.stride())
-        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source)
+        upstream = frozenset(leaves_of(activation))
+        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source, upstream)
         return leaf.clone()
 
     def _note_axes(self, name: str, axes: tuple[int, ...]) -> None:
@@ -173,27 +175,36 @@ class _Discoverer(SoftmaxWatcher):
     # What it is
 
     def _close(self, softmaxes: Sequence[Softmax], products: Sequence[Product]) -> None:
-        seen: list[tuple[Softmax, Slots]] = []
-        found: _Found | None = None
-        context = self._context(products)
-        for softmax in softmaxes:
-            values = self._values(softmax, context)
-            try:
-                seen.append((softmax, find_heads(len(seen), softmax, values, self._leaf_of)))
-            except NoHeadsError as error:
-                parts = Parts([], {}, [], self._near(softmax))
-                if "several tokens" not in str(error):
-                    self._found.append(_Found(parts, str(error)))
-        if seen:
-            found = self._read(seen, products, context)
+        found = self._read_all(softmaxes, products, inner=True)
+        if found is not None and found.problem is not None:
+            without = self._read_all(softmaxes, products, inner=False)
+            found = found if without is None or without.problem is not None else without
+        if found is not None:
             self._found.append(found)
         for softmax in softmaxes:
             self._closed[id(softmax.probabilities)] = (weakref.ref(softmax.probabilities), found)
 
+    def _read_all(
+        self, softmaxes: Sequence[Softmax], products: Sequence[Product], inner: bool
+    ) -> _Found | None:
+        """What the softmaxes are together; None if they are no attention over tokens."""
+        seen: list[tuple[Softmax, Slots]] = []
+        context = self._context(products)
+        problem: _Found | None = None
+        for softmax in softmaxes:
+            values = self._values(softmax, context)
+            try:
+                seen.append((softmax, find_heads(len(seen), softmax, values, self._leaf_of, inner)))
+            except NoHeadsError as error:
+                if "several tokens" not in str(error):
+                    problem = _Found(Parts([], {}, [], self._near(softmax)), str(error))
+        return problem if problem is not None or not seen else self._read(seen, products, context)
+
     def _near(self, softmax: Softmax) -> list[str]:
         """Maps that the scores come from."""
         leaves = (self._leaf_of[key] for key in leaves_of(softmax.scores) if key in self._leaf_of)
-        return sorted({feature[0] for leaf in leaves for feature in leaf.features if feature})
+        names = {feature[0] for leaf in leaves for feature in leaf.features}
+        return sorted(name for name in names if not name.startswith(NAMELESS))
 
     def _context(self, products: Sequence[Product]) -> tuple[str, tuple[int, ...], Tensor] | None:
         """The input of an output projection, with a feature for each that its parameter has."""
@@ -236,9 +247,7 @@ class _Discoverer(SoftmaxWatcher):
         context: tuple[str, tuple[int, ...], Tensor] | None,
     ) -> _Found:
         heads = [head for _, slots in seen for head in slots.heads]
-        sources = {
-            feature: leaf.source for leaf in self._leaf_of.values() for feature in leaf.features if feature
-        }
+        sources = {feature: leaf.source for leaf in self._leaf_of.values() for feature in leaf.features}
         outputs: list[frozenset[tuple[str, int]]] = []
         if context is not None:
             name, axes, whole = context
@@ -246,7 +255,7 @@ class _Discoverer(SoftmaxWatcher):
             for softmax, slots in seen:
                 own = context_features(whole, softmax, slots)
                 outputs += [frozenset((name, feature) for feature in features) for features in own]
-        parts = Parts(heads, sources, outputs, self._near(seen[0][0]))
+        parts = Parts(heads, sources, outputs, self._near(seen[0][0]), [slots.computed for _, slots in seen])
         if products and context is None:
             return _Found(
                 parts,
@@ -307,7 +316,7 @@ class _Discoverer(SoftmaxWatcher):
                 places = [
                     (column, starts[feature[0]] + feature[1])
                     for column, feature in enumerate(leaf.features)
-                    if feature and feature[0] in starts
+                    if feature[0] in starts
                 ]
                 if places:
                     columns, features = zip(*places, strict=True)

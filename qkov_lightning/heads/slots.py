@@ -22,6 +22,9 @@ NUM_POSITIONS = 6
 MASKED = 1e4
 """A score below minus this is the mask's."""
 
+NAMELESS = "(computed)"
+"""Begins the name of a weight that is computed from others."""
+
 Feature = tuple[str, int]
 """Name of a linear map, and one of its features."""
 
@@ -34,13 +37,20 @@ class Leaf:
 
     Attributes:
         tensor: The output.
-        features: What each of its columns is; None for a column whose weights are computed from others.
+        features: What each of its columns is; of no name where its weights are computed from others.
         source: Identity of the input of the product.
+        upstream: Identities of the leaves that the input was computed from.
     """
 
     tensor: Float[Tensor, "*token column"]
-    features: tuple[Feature | None, ...]
+    features: tuple[Feature, ...]
     source: tuple[int, ...]
+    upstream: frozenset[int]
+
+    @property
+    def is_nameless(self) -> bool:
+        """Whether some of its weights are computed from others."""
+        return any(name.startswith(NAMELESS) for name, _ in self.features)
 
     @property
     def values(self) -> Float[Tensor, "token column"]:
@@ -77,10 +87,12 @@ class Slots:
     Attributes:
         axes: Those axes.
         heads: The heads, in the order of the first place of each.
+        computed: For scores and values, at how many tokens features act whose weights are computed from others.
     """
 
     axes: tuple[int, ...]
     heads: tuple[Head, ...]
+    computed: tuple[tuple[int, ...], tuple[int, ...]]
 
     def headed(self, tensor: Float[Tensor, "*place key"]) -> Float[Tensor, "1 head query key"]:
         """A tensor of the shape of the scores, with all but heads and keys in one axis."""
@@ -92,7 +104,9 @@ class Slots:
         return torch.stack(parts)[None]
 
 
-def find_heads(number: int, softmax: Softmax, values: Tensor | None, leaf_of: Mapping[int, Leaf]) -> Slots:
+def find_heads(
+    number: int, softmax: Softmax, values: Tensor | None, leaf_of: Mapping[int, Leaf], inner: bool = True
+) -> Slots:
     """The heads of one softmax.
 
     Args:
@@ -100,33 +114,42 @@ def find_heads(number: int, softmax: Softmax, values: Tensor | None, leaf_of: Ma
         softmax: The softmax.
         values: What its output weighs, in the shape of the scores, if there is anything.
         leaf_of: What is known of the leaves of the graph.
+        inner: Whether products count whose input comes from other products of the same scores. Tables of relative
+            positions are such, and so are the two stages of latent attention.
 
     Raises:
         NoHeadsError: If it is no attention over tokens, or its heads cannot be told apart.
     """
-    operands = [_Operand(softmax.scores, leaf_of)]
-    if values is not None and values.requires_grad:
-        operands.append(_Operand(values, leaf_of))
-    if not operands[0].leaves:
-        raise NoHeadsError("its scores come from no linear map that was seen")
+    tensors = [softmax.scores, *([] if values is None or not values.requires_grad else [values])]
     positions = _positions(softmax.scores)
-    roles = [operand.tokens(positions, softmax.scores.ndim, {}) for operand in operands]
-    if max((most for _, most in roles[0].values()), default=0) < 2:
+    computed: list[tuple[int, ...]] = [(), ()]
+    operands = []
+    for place, tensor in enumerate(tensors):
+        keys = leaves_of(tensor).keys() & leaf_of.keys()
+        leaves = [leaf_of[key] for key in leaves_of(tensor) if key in keys]
+        nameless = _Operand(tensor, [leaf for leaf in leaves if leaf.is_nameless])
+        computed[place] = tuple(most for _, most in nameless.tokens(positions, tensor.ndim, {}).values())
+        own = [leaf for leaf in leaves if not leaf.is_nameless and (inner or not leaf.upstream & keys)]
+        operands.append(_Operand(tensor, own))
+    if not operands[0].leaves:
+        raise NoHeadsError("its scores come from no linear map with a weight of its own")
+    roles = operands[0].tokens(positions, softmax.scores.ndim, {})
+    if max([*(most for _, most in roles.values()), *computed[0]], default=0) < 2:
         raise NoHeadsError("no query token looks at several tokens")
     normalised = False
     axes = _axes_of_heads(operands, softmax.scores.shape, normalised)
     if not axes:
         normalised = True
         axes = _axes_of_heads(operands, softmax.scores.shape, normalised)
-    return _grouped(number, operands, axes, softmax.scores, positions)
+    heads = _grouped(number, operands, axes, softmax.scores, positions)
+    return Slots(axes, heads, (computed[0], computed[1]))
 
 
 class _Operand:
     """Scores or values, with the leaves that they were computed from."""
 
-    def __init__(self, tensor: Tensor, leaf_of: Mapping[int, Leaf]) -> None:
-        self.tensor = tensor
-        self.leaves = [leaf_of[key] for key in leaves_of(tensor) if key in leaf_of]
+    def __init__(self, tensor: Tensor, leaves: Sequence[Leaf]) -> None:
+        self.tensor, self.leaves = tensor, leaves
         generator = torch.Generator().manual_seed(0)
         self._direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
 
@@ -170,19 +193,9 @@ class _Operand:
                 counts = (g != 0).sum(dim=0).tolist()
                 for feature, count in zip(leaf.features, counts, strict=True):
                     if count:
-                        key = feature or _UNKNOWN
-                        least[key] = min(least.get(key, count), count)
-                        most[key] = max(most.get(key, 0), count)
+                        least[feature] = min(least.get(feature, count), count)
+                        most[feature] = max(most.get(feature, 0), count)
         return {key: (least[key], most[key]) for key in most}
-
-
-_UNKNOWN: Feature = ("", -1)
-"""A feature of a weight that is computed from others."""
-
-
-def is_unknown(feature: Feature) -> bool:
-    """Whether a feature is of a weight that is computed from others."""
-    return feature == _UNKNOWN
 
 
 def _at(ndim: int, axes: Sequence[int], slot: Sequence[int]) -> tuple[slice | int, ...]:
@@ -238,7 +251,7 @@ def _grouped(
     axes: tuple[int, ...],
     scores: Tensor,
     positions: Sequence[Mapping[int, int]],
-) -> Slots:
+) -> tuple[Head, ...]:
     shape = scores.shape
     slots = list(product(*(range(shape[axis]) for axis in axes)))
     if len(slots) > MAX_SLOTS:
@@ -274,13 +287,12 @@ def _grouped(
             counts = operand.tokens(positions, len(shape), at)
             for columns, leaf in zip(own, operand.leaves, strict=True):
                 for column in columns.nonzero().flatten().tolist():
-                    feature = leaf.features[column] or _UNKNOWN
-                    least, most = counts.get(feature, (0, 0))
-                    target[feature] = (least, most)
+                    feature = leaf.features[column]
+                    target[feature] = counts.get(feature, (0, 0))
     sizes = {len(head.slots) for head in heads.values()}
     if len(sizes) != 1:
         raise NoHeadsError("its places do not divide evenly into heads with features of their own")
-    return Slots(axes, tuple(heads.values()))
+    return tuple(heads.values())
 
 
 def context_features(context: Tensor, softmax: Softmax, slots: Slots) -> list[frozenset[int]]:

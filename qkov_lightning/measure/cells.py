@@ -21,12 +21,14 @@ class BlockInfo:
         num_heads: Heads of this block itself.
         query_group: Query heads that share one of these heads.
         status: "measured", "frozen" (nothing in the module trains) or "no data".
+        also: Other blocks that the very same features are, which have no cells of their own.
     """
 
     module_name: str
     num_heads: int
     query_group: int
     status: Status
+    also: tuple[Block, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Layer:
     Attributes:
         name: Label.
         blocks: The blocks that were placed.
+        placed: How its heads are known: "proven", or "by name" and why they are not proven.
     """
 
     name: str
     blocks: Mapping[Block, BlockInfo]
+    placed: str = "by name"
 
 
 @dataclass(frozen=True)

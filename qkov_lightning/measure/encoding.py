@@ -35,7 +35,11 @@ def encode(fields: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]) ->
         "tasks": fields["tasks"],
         "blocks": BLOCKS,
         "layers": [
-            {"name": layer.name, "blocks": {block: vars(info) for block, info in layer.blocks.items()}}
+            {
+                "name": layer.name,
+                "placed": layer.placed,
+                "blocks": {block: vars(info) for block, info in layer.blocks.items()},
+            }
             for layer in fields["layers"]
         ],
         "num_samples": fields["num_samples"].long().tolist(),
@@ -75,7 +79,11 @@ def decode(text: str) -> dict[str, Any]:
         fields: dict[str, Any] = {
             "tasks": tuple(data["tasks"]),
             "layers": tuple(
-                Layer(entry["name"], {block: BlockInfo(**info) for block, info in entry["blocks"].items()})
+                Layer(
+                    entry["name"],
+                    {block: _block(info) for block, info in entry["blocks"].items()},
+                    entry.get("placed", "by name"),
+                )
                 for entry in data["layers"]
             ),
             "scores": {name: _from_nested(values) for name, values in data["scores"].items()},
@@ -97,6 +105,10 @@ def decode(text: str) -> dict[str, Any]:
         )
     _check_shapes(fields)
     return fields
+
+
+def _block(info: Mapping[str, Any]) -> BlockInfo:
+    return BlockInfo(**{**info, "also": tuple(info.get("also", ()))})
 
 
 def _check_shapes(fields: Mapping[str, Any]) -> None:

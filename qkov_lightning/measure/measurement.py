@@ -187,6 +187,10 @@ def _layers(projections: Sequence[Projection], model: nn.Module, num_samples: Te
             status = "frozen" if not measured else status
         names[projection.layer] = projection.layer_name
         blocks.setdefault(projection.layer, {})[projection.block] = BlockInfo(
-            projection.module_name, projection.num_heads, projection.query_group, status
+            projection.module_name, projection.num_heads, projection.query_group, status, projection.also
         )
-    return tuple(Layer(names.get(i, f"layer {i}"), blocks.get(i, {})) for i in range(num_layers(projections)))
+    placed = {projection.layer: projection.placed for projection in projections}
+    return tuple(
+        Layer(names.get(i, f"layer {i}"), blocks.get(i, {}), placed.get(i, "by name"))
+        for i in range(num_layers(projections))
+    )
