@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,26 +22,44 @@ class Parts:
         heads: Its heads.
         sources: Identity of the input of the map of each feature.
         outputs: Features of the output projection that carry each head; none without one.
+        origins: Identities of the inputs of all maps before that of each feature.
         near: Names of maps around it, for messages.
         computed: For scores and values of each softmax, at how many tokens features act whose weights are computed.
+        context: Identities of the leaves that the context was computed from.
         leaks: Whether its result goes elsewhere, too.
+        is_shared: Whether several linear maps take the context itself.
     """
 
     heads: list[Head]
     sources: Mapping[Feature, tuple[int, ...]]
     outputs: list[frozenset[Feature]]
     near: list[str]
+    origins: Mapping[Feature, frozenset[tuple[int, ...]]] = field(default_factory=dict)
     computed: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = ()
+    context: frozenset[int] = frozenset()
     leaks: bool = False
+    is_shared: bool = False
 
-    def note_use(self, name: str) -> None:
-        """A linear map used the result; a second one says that the first is no output projection."""
-        if not any(feature[0] == name for own in self.outputs for feature in own):
-            self.leaks = True
+    def note_use(self, name: str, reached: Collection[int]) -> None:
+        """Something used the result, beside what is taken for the output projection, which then is none.
+
+        Args:
+            name: The linear map; none where the model gives it back.
+            reached: The leaves of the graph that its input was computed from.
+        """
+        if any(feature[0] == name for own in self.outputs for feature in own):
+            return
+        self.leaks = True
+        self.is_shared |= bool(name) and self.context >= {*reached}
 
     def without_leaking_output(self) -> Parts:
         """The same without an output projection that does not stand alone."""
         return replace(self, outputs=[]) if self.leaks else self
+
+    @property
+    def problem(self) -> str | None:
+        """Why it has no place, if that shows only after it."""
+        return "several linear maps take its result" if self.is_shared else None
 
 
 def assemble(
@@ -59,6 +77,8 @@ def assemble(
     """
     queries, keys, is_shared = _roles(parts)
     values = [frozenset(f for f, (_, most) in head.values.items() if most > 1) for head in parts.heads]
+    if not any(values) and any(head.values for head in parts.heads):
+        raise NoHeadsError("the tokens that its softmax runs over are not those whose values it weighs")
     names_of_values = {parts.sources.get(f) for own in values for f in own}
     placed: dict[Block, Sets] = {
         "Q": _narrowed(queries, "Q", parts, names_of_values),
@@ -76,6 +96,14 @@ def assemble(
     _check_computed(parts, placed)
     if not any(placed["Q"]) and not any(placed["K"]):
         raise NoHeadsError("neither queries nor keys come from a linear map of their own")
+    if (
+        (is_shared or not any(placed["Q"]))
+        and all(len(own) == 1 for own in queries if own)
+        and all(len(own) == 1 for own in keys if own)
+    ):
+        raise NoHeadsError(
+            "its scores come straight from a linear map: there is no product of queries and keys"
+        )
     if parts.outputs:
         if not all(parts.outputs) or len(_union(parts.outputs)) != sum(map(len, parts.outputs)):
             raise NoHeadsError(
@@ -122,7 +150,7 @@ def label_of(names: Sequence[str]) -> str:
         common.append(column[0])
     if ".".join(common) in names:
         common = common[:-1]
-    return ".".join(common).removesuffix(".self") or "attention"
+    return ".".join(common).removesuffix(".self") or ", ".join(names[:4])
 
 
 def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
@@ -133,7 +161,12 @@ def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
         for feature, (few, many) in head.scores.items():
             least[feature] = min(least.get(feature, few), few)
             most[feature] = max(most.get(feature, many), many)
-    fewest = min(least.values(), default=1)  # where queries are pooled, more than one
+    computed = [count for own, _ in parts.computed for count in own]
+    fewest = min([*least.values(), *computed], default=1)  # where queries are pooled, more than one
+    if fewest == max(
+        most.values(), default=1
+    ):  # nothing to compare with: learned queries, or one pooled token
+        fewest = 1
     one = {f for f in most if least[f] <= fewest}
     several = {f for f in most if most[f] > fewest}
     only_one, only_several, both = one - several, several - one, one & several
@@ -159,8 +192,11 @@ def _narrowed(sets: Sets, block: Block, parts: Parts, sources_of_values: Collect
     if len(sets) > 1 and any(own - whole for own in sets):
         sets = [own - whole for own in sets]
     if max((len(_names(own)) for own in sets), default=0) > 1:  # positions have a map of their own
-        sets = [frozenset(f for f in own if parts.sources.get(f) in sources_of_values) for own in sets]
-        if max((len(_names(own)) for own in sets), default=0) != 1:
+        kept = [frozenset(f for f in own if parts.sources.get(f) in sources_of_values) for own in sets]
+        dropped = _union(sets) - _union(kept)
+        of_tokens = any(parts.origins.get(f, frozenset()) & {*sources_of_values} for f in dropped)
+        sets = kept
+        if of_tokens or max((len(_names(own)) for own in sets), default=0) != 1:
             raise NoHeadsError(f"each head of its block {block} is made by several linear maps at once")
     if any(sets) and not all(sets):
         raise NoHeadsError(f"some of its heads have features of block {block}, and others have none")

@@ -98,9 +98,26 @@ def read_product(
 
     Both come without axes that only stretch over the other one.
     """
+    read = _read(func, args, kwargs, is_weight)
+    if read is None:
+        return None
+    input, weight, form = read
+    kept = [i for i in range(weight.ndim) if weight.stride(i) != 0 or weight.shape[i] == 1]
+    if len(kept) < weight.ndim:  # expanded
+        weight = weight[tuple(slice(None) if i in kept else 0 for i in range(weight.ndim))]
+        form = Contraction(form.input, "".join(form.weight[i] for i in kept), form.output)
+    return input, weight, form
+
+
+def _read(
+    func: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    is_weight: Callable[[object], bool],
+) -> tuple[Tensor, Tensor, Contraction] | None:
     if func is functional.linear:
         input, weight = _named(args, kwargs, "input", "weight")
-        if not is_weight(weight) or is_weight(input) or weight.ndim != 2:
+        if not is_weight(weight) or weight.ndim != 2:
             return None
         tokens = _letters(input.ndim - 1)
         return input, weight, Contraction(tokens + "i", "oi", tokens + "o")

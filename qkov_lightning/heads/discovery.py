@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +20,19 @@ from qkov_lightning.heads.assembly import Parts, assemble, label_of
 from qkov_lightning.heads.influence import AttentionGraph
 from qkov_lightning.heads.influence import Leaf as GraphLeaf
 from qkov_lightning.heads.maps import is_map, untouched
+from qkov_lightning.heads.parameter_views import flat
 from qkov_lightning.heads.projections import BLOCKS, Projection
-from qkov_lightning.heads.slots import NAMELESS, Leaf, NoHeadsError, Slots, context_features, find_heads
-from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, leaves_of
+from qkov_lightning.heads.slots import (
+    NAMELESS,
+    Feature,
+    Leaf,
+    NoAttentionError,
+    NoHeadsError,
+    Slots,
+    context_features,
+    find_heads,
+)
+from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, derivatives_on, leaves_of, trace
 from qkov_lightning.heads.watching import Product, on_call
 
 Run = Callable[[], object]
@@ -51,8 +61,7 @@ def discover_projections(model: nn.Module, run: Run) -> Discovery:
     """
     discoverer = _Discoverer(model)
     with untouched(model), discoverer.watching():
-        run()
-        discoverer.finish()
+        discoverer.finish(run())
     return discoverer.result()
 
 
@@ -98,15 +107,23 @@ class _Discoverer(SoftmaxWatcher):
     def _enter(self, *_: object) -> None:
         self._inside += 1
 
-    def _leave(self, hook: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+    def _leave(self, hook: Callable[..., Tensor | None]) -> Callable[..., Any]:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             self._inside -= 1
-            if self._inside or not isinstance(output, Tensor):
+            if self._inside:
                 return None
-            with torch._C.DisableTorchFunction(), torch.enable_grad():
+            if not isinstance(output, Tensor):
+                return self._cut_all(output)
+            with torch._C.DisableTorchFunction(), derivatives_on():
                 return hook(module, args, kwargs, output)
 
         return leave
+
+    def _cut_all(self, output: Any) -> Any:
+        """The tensors that a module gives which is no plain linear map: features, but nobody's."""
+        if not isinstance(output, tuple | list):
+            return None
+        return type(output)(self._mixed(one, [one]) if isinstance(one, Tensor) else one for one in output)
 
     # What is seen
 
@@ -127,9 +144,24 @@ class _Discoverer(SoftmaxWatcher):
                 features[column] = (piece.name, feature)
         activation = product.activation
         source = (activation.data_ptr(), *activation.shape, *activation.stride())
-        upstream = frozenset(leaves_of(activation))
-        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source, upstream)
+        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source, *self._before(activation))
         return leaf.clone()
+
+    def _before(self, activation: Tensor) -> tuple[frozenset[int], bool]:
+        """The leaves before an input, and whether queries and keys have met on the way."""
+        seen = trace(activation)
+        has_softmax = any(key not in self._leaf_of for key in seen.leaves)
+        return frozenset(seen.leaves), seen.is_joined and not has_softmax
+
+    def _mixed(self, output: Any, args: Any) -> Any:
+        """The result of an unknown function of a weight has features, but they are nobody's."""
+        if not isinstance(output, Tensor) or not output.requires_grad or output.ndim < 2:
+            return output
+        inputs = [one for one in flat(args) if isinstance(one, Tensor) and one.requires_grad]
+        with torch._C.DisableTorchFunction():
+            products = [Product(one, output, ()) for one in inputs]
+            self._used(products)
+            return self._cut(products[0])
 
     def _note_axes(self, name: str, axes: tuple[int, ...]) -> None:
         if self._axes.setdefault(name, axes) != axes:
@@ -138,7 +170,7 @@ class _Discoverer(SoftmaxWatcher):
     def _used(self, products: Sequence[Product]) -> None:
         """See whether the input of a linear map is the result of a softmax."""
         name = products[0].pieces[0].name if products[0].pieces else ""
-        if self._partial and name != self._partial[0].pieces[0].name:
+        if self._partial and name == self._partial[0].pieces[0].name and _overlap(self._partial, products):
             self._flush()
         reached: set[int] = set()
         for product in products:
@@ -146,11 +178,13 @@ class _Discoverer(SoftmaxWatcher):
         for key in reached & self._closed.keys():
             reference, found = self._closed[key]
             if reference() is not None and found is not None:
-                found.parts.note_use(name)
+                found.parts.note_use(name, reached)
         if not any(id(softmax.probabilities) in reached for softmax in self.softmaxes):
             return
+        if self._partial and name != self._partial[0].pieces[0].name:
+            self._flush()
         self._partial += products
-        if not _is_partial(products):
+        if not _is_partial(self._partial):
             self._flush()
 
     def _flush(self) -> None:
@@ -163,13 +197,20 @@ class _Discoverer(SoftmaxWatcher):
         self.softmaxes = [softmax for softmax in self.softmaxes if id(softmax.probabilities) not in reached]
         self._close(own, products)
 
-    def finish(self) -> None:
-        """Look at what no linear map has used."""
-        with torch._C.DisableTorchFunction():
+    def finish(self, output: object) -> None:
+        """Look at what no linear map has used, and at what the model gives back."""
+        with torch._C.DisableTorchFunction(), derivatives_on():
             if self._partial:
                 self._flush()
             for softmax in self.softmaxes:
                 self._close([softmax], [])
+            for tensor in flat(_values(output)):
+                if isinstance(tensor, Tensor):
+                    reached = leaves_of(tensor)
+                    for key in reached.keys() & self._closed.keys():
+                        reference, found = self._closed[key]
+                        if reference() is reached[key] and found is not None:
+                            found.parts.note_use("", reached)
         self.softmaxes = []
 
     # What it is
@@ -196,7 +237,7 @@ class _Discoverer(SoftmaxWatcher):
             try:
                 seen.append((softmax, find_heads(len(seen), softmax, values, self._leaf_of, inner)))
             except NoHeadsError as error:
-                if "several tokens" not in str(error):
+                if not isinstance(error, NoAttentionError):
                     problem = _Found(Parts([], {}, [], self._near(softmax)), str(error))
         return problem if problem is not None or not seen else self._read(seen, products, context)
 
@@ -255,7 +296,18 @@ class _Discoverer(SoftmaxWatcher):
             for softmax, slots in seen:
                 own = context_features(whole, softmax, slots)
                 outputs += [frozenset((name, feature) for feature in features) for features in own]
-        parts = Parts(heads, sources, outputs, self._near(seen[0][0]), [slots.computed for _, slots in seen])
+        context_leaves = frozenset() if context is None else frozenset(leaves_of(context[2]))
+        parts = Parts(
+            heads,
+            sources,
+            outputs,
+            self._near(seen[0][0]),
+            self._origins(),
+            [slots.computed for _, slots in seen],
+            context_leaves,
+        )
+        if context_leaves and context_leaves <= {id(softmax.probabilities) for softmax, _ in seen}:
+            return _Found(parts, "what its softmax gives is changed by a weight before it meets values")
         if products and context is None:
             return _Found(
                 parts,
@@ -269,6 +321,17 @@ class _Discoverer(SoftmaxWatcher):
         except NoHeadsError as error:
             return _Found(parts, str(error))
         return _Found(parts)
+
+    def _origins(self) -> dict[Feature, frozenset[tuple[int, ...]]]:
+        """Inputs of all maps before that of each feature."""
+        before: dict[int, frozenset[tuple[int, ...]]] = {}
+        found: dict[Feature, frozenset[tuple[int, ...]]] = {}
+        for key, leaf in self._leaf_of.items():  # in the order of the forward pass
+            own = {leaf.source for leaf in (self._leaf_of[k] for k in leaf.upstream if k in self._leaf_of)}
+            before[key] = frozenset(own).union(*(before.get(k, frozenset()) for k in leaf.upstream))
+            for feature in leaf.features:
+                found[feature] = found.get(feature, frozenset()) | before[key]
+        return found
 
     def _prove(
         self, layer: Sequence[Projection], seen: Sequence[tuple[Softmax, Slots]], context: Tensor | None
@@ -334,6 +397,9 @@ class _Discoverer(SoftmaxWatcher):
             if found.problem is not None:
                 refused.append((label_of(found.parts.near), found.problem))
                 continue
+            if found.parts.problem is not None:
+                refused.append((label_of(found.parts.near), found.parts.problem))
+                continue
             kept.append(found.parts.without_leaking_output())
         layers: list[list[Projection]] = []
         for parts in kept:
@@ -363,6 +429,22 @@ class _Discoverer(SoftmaxWatcher):
             for projection in sorted(layer, key=lambda p: BLOCKS.index(p.block))
         ]
         return Discovery(tuple(projections), tuple(dict.fromkeys(refused)))
+
+
+def _values(output: object) -> list[Any]:
+    """What a model gives back, as a list."""
+    if isinstance(output, Mapping):
+        return list(output.values())
+    return list(output) if isinstance(output, tuple | list) else [output]
+
+
+def _overlap(known: Sequence[Product], products: Sequence[Product]) -> bool:
+    """Whether some input features of a parameter are used again."""
+    before, now = (
+        {tuple(index) for product in some for piece in product.pieces for index in piece.inputs.tolist()}
+        for some in (known, products)
+    )
+    return bool(before & now)
 
 
 def _is_partial(products: Sequence[Product]) -> bool:

@@ -40,7 +40,13 @@ def find_projections(
     if batch is None:
         return named_projections(model)
     run = forward or (lambda inputs: call(model, inputs))
-    found = discover_projections(model, lambda: run(batch))
+    try:
+        found = discover_projections(model, lambda: run(batch))
+    except (RuntimeError, NotImplementedError) as error:
+        raise ArchitectureError(
+            f"The forward pass of {type(model).__name__} failed while derivatives were taken: {error} Kernels without a "
+            'derivative hide attention: load the model with attn_implementation="sdpa" or "eager".'
+        ) from error
     registered = registered_modules(model)
 
     def is_registered(where: str) -> bool:

@@ -120,7 +120,7 @@ class Leaf:
 
     def widened(self, tensor: Tensor) -> Tensor:
         """A tensor like the output, with a column for each feature of the map."""
-        if len(self.columns) == self.width and torch.equal(self.columns, self.features):
+        if tensor.shape[-1] == len(self.columns) == self.width and torch.equal(self.columns, self.features):
             return tensor
         wide = tensor.new_zeros(*tensor.shape[:-1], self.width)
         columns, features = self.columns.to(tensor.device), self.features.to(tensor.device)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.shapes import is_linear, is_pointwise_convolution, linear_sizes
@@ -129,12 +129,17 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no parameter trainable, gradients on, random numbers of its own; all restored afterwards."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    tensors = {
+        id(t): t for _, own, buffers in held for t in (*own.values(), *buffers.values()) if _is_state(t)
+    }
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
     try:
         model.eval()
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(0)
             yield
     finally:
@@ -142,7 +147,18 @@ def untouched(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module in training:
             module.training = True
+        for module, attributes, buffers in held:
+            module._buffers.update(buffers)
+            for name, value in attributes.items():
+                if vars(module).get(name) is not value:
+                    vars(module)[name] = value
         with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for tensor, before in values:
+                if tensor.grad_fn is not None:  # written in place by what has a gradient here
+                    tensor.detach_()
+                if not torch.equal(tensor, before):
+                    tensor.copy_(before)
+
+
+def _is_state(value: object) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)

@@ -31,6 +31,28 @@ KEEPS = frozenset({
 PROPERTIES = ("T", "mT", "H", "mH", "data")
 
 
+ELEMENTWISE = frozenset({
+    "add", "radd", "iadd", "sub", "rsub", "isub", "subtract", "mul", "rmul", "imul", "multiply", "div", "divide",
+    "truediv", "rtruediv", "itruediv", "true_divide", "pow", "maximum", "minimum", "where", "lerp", "addcmul", "addcdiv",
+    "masked_fill", "setitem", "copy", "layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "prelu",
+    "embedding", "eq", "ne", "lt", "gt", "le", "ge",
+})  # fmt: skip
+"""Functions of a weight that change each feature by itself, or all of them together."""
+
+
+def mixes_nothing(func: Callable[..., Any], args: Iterable[Any], output: object) -> bool:
+    """Whether a function leaves features apart: it moves them, or changes each by itself."""
+    if not isinstance(output, Tensor) or not output.requires_grad or func.__name__ in MOVES | KEEPS:
+        return True
+    if func.__name__.strip("_") not in ELEMENTWISE:
+        return False
+    largest = max(
+        (one.numel() for one in flat(args) if isinstance(one, Tensor) and one.requires_grad), default=0
+    )
+    # A weight that stretches an input over new places is half of a product.
+    return output.numel() <= largest
+
+
 class ParameterViews:
     """Element numbers of tensors that are made of parameters.
 
@@ -60,7 +82,7 @@ class ParameterViews:
         """Note the elements of what a function made, if it moves or keeps those of a parameter."""
         name = func.__name__
         tensors = [one for one in flat((*args, *kwargs.values())) if isinstance(one, Tensor)]
-        if not any(self._is_known(one) or id(one) in self._computed for one in tensors):
+        if not any(self.is_known(one) or id(one) in self._computed for one in tensors):
             return
         is_property = name == "__get__" and any(func == getattr(Tensor, p).__get__ for p in PROPERTIES)
         if (name not in MOVES and name not in KEEPS and not is_property) or any(
@@ -111,7 +133,7 @@ class ParameterViews:
 
     def _is_weight_like(self, tensor: Tensor) -> bool:
         return (
-            self._is_known(tensor)
+            self.is_known(tensor)
             or self.is_computed(tensor)
             or id(tensor) in self._constants
             or not tensor.is_floating_point()
@@ -123,7 +145,8 @@ class ParameterViews:
         self._followed.clear()
         self._computed.clear()
 
-    def _is_known(self, value: object) -> bool:
+    def is_known(self, value: object) -> bool:
+        """Whether a tensor holds elements of parameters."""
         return isinstance(value, Tensor) and (id(value) in self._numbers or id(value) in self._followed)
 
     def _note(self, tensor: Tensor, numbers: Tensor) -> None:

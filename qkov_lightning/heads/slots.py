@@ -40,12 +40,14 @@ class Leaf:
         features: What each of its columns is; of no name where its weights are computed from others.
         source: Identity of the input of the product.
         upstream: Identities of the leaves that the input was computed from.
+        is_joined: Whether the input is made of products of these, as scores are.
     """
 
     tensor: Float[Tensor, "*token column"]
     features: tuple[Feature, ...]
     source: tuple[int, ...]
     upstream: frozenset[int]
+    is_joined: bool = False
 
     @property
     def is_nameless(self) -> bool:
@@ -60,6 +62,10 @@ class Leaf:
 
 class NoHeadsError(ValueError):
     """A softmax that has no heads, or none that can be told apart."""
+
+
+class NoAttentionError(NoHeadsError):
+    """A softmax that is no attention over tokens."""
 
 
 @dataclass
@@ -131,11 +137,21 @@ def find_heads(
         computed[place] = tuple(most for _, most in nameless.tokens(positions, tensor.ndim, {}).values())
         own = [leaf for leaf in leaves if not leaf.is_nameless and (inner or not leaf.upstream & keys)]
         operands.append(_Operand(tensor, own))
+    counts = [
+        [most for _, most in operand.tokens(positions, softmax.scores.ndim, {}).values()]
+        for operand in operands
+    ]
+    reach = [max([*own, *other], default=0) for own, other in zip(counts, computed, strict=False)]
+    if len(operands) < 2 or (reach[0] < 2 and reach[1] < 2):
+        raise NoAttentionError("no token looks at several others")
+    if reach[0] < 2:
+        raise NoHeadsError(
+            "nothing moves its scores on this sample: queries or keys are zero, or cut off from the graph"
+        )
     if not operands[0].leaves:
         raise NoHeadsError("its scores come from no linear map with a weight of its own")
-    roles = operands[0].tokens(positions, softmax.scores.ndim, {})
-    if max([*(most for _, most in roles.values()), *computed[0]], default=0) < 2:
-        raise NoHeadsError("no query token looks at several tokens")
+    if any(leaf.is_joined for leaf in operands[0].leaves):
+        raise NoHeadsError("a weight changes its scores after queries have met keys: the heads are mixed")
     normalised = False
     axes = _axes_of_heads(operands, softmax.scores.shape, normalised)
     if not axes:
@@ -236,11 +252,11 @@ def _axes_of_heads(operands: Sequence[_Operand], shape: Sequence[int], normalise
 
 def _columns(
     operands: Sequence[_Operand], where: tuple[slice | int, ...], normalised: Callable[[int], bool]
-) -> frozenset[tuple[int, int, int]]:
+) -> frozenset[tuple[int, Feature]]:
     return frozenset(
-        (o, leaf, column)
+        (o, leaf.features[column])
         for o, operand in enumerate(operands)
-        for leaf, columns in enumerate(operand.signature(where, normalised))
+        for leaf, columns in zip(operand.leaves, operand.signature(where, normalised), strict=True)
         for column in columns.nonzero().flatten().tolist()
     )
 
@@ -275,24 +291,48 @@ def _grouped(
             operand.signature(where, lambda leaf, o=o: suspects[o][leaf])  # type: ignore[misc]
             for o, operand in enumerate(operands)
         ]
-        key = tuple(tuple(columns.nonzero().flatten().tolist()) for own in sets for columns in own)
-        if not any(key):
+        features = [
+            {
+                leaf.features[column]
+                for columns, leaf in zip(own, operand.leaves, strict=True)
+                for column in columns.nonzero().flatten().tolist()
+            }
+            for operand, own in zip(operands, sets, strict=True)
+        ]
+        if not any(features):
             continue
-        head = heads.setdefault(key, Head(number, []))
+        head = heads.setdefault(tuple(frozenset(own) for own in features), Head(number, []))
         head.slots.append(slot)
         if len(head.slots) > 1:
             continue
         at = dict(zip(axes, slot, strict=True))
-        for operand, own, target in zip(operands, sets, (head.scores, head.values), strict=False):
+        for operand, own_features, target in zip(
+            operands, features, (head.scores, head.values), strict=False
+        ):
             counts = operand.tokens(positions, len(shape), at)
-            for columns, leaf in zip(own, operand.leaves, strict=True):
-                for column in columns.nonzero().flatten().tolist():
-                    feature = leaf.features[column]
-                    target[feature] = counts.get(feature, (0, 0))
+            target |= {feature: counts.get(feature, (0, 0)) for feature in own_features}
+            _check_whole(operand, sets[operands.index(operand)], {**positions[0], **at}, scores)
     sizes = {len(head.slots) for head in heads.values()}
     if len(sizes) != 1:
         raise NoHeadsError("its places do not divide evenly into heads with features of their own")
     return tuple(heads.values())
+
+
+def _check_whole(
+    operand: _Operand, sets: Sequence[Tensor], position: Mapping[int, int], scores: Tensor
+) -> None:
+    """Refuse features that are places: one query token and one key meet in all features of a head, or in none.
+
+    Raises:
+        NoHeadsError: If they meet in some only.
+    """
+    where = tuple(position[axis] for axis in range(scores.ndim - 1))
+    sizes = scores[where].detach().abs()
+    key = int(torch.where(sizes < MASKED, sizes, -1.0).argmax())
+    for leaf, columns, gradient in zip(operand.leaves, sets, operand.gradients((*where, key)), strict=True):
+        touched = (gradient != 0).any(dim=0).cpu() & columns
+        if bool(touched.any()) and not bool((touched == columns).all()):
+            raise NoHeadsError("features of one of its maps are places, or some are zero on this sample")
 
 
 def context_features(context: Tensor, softmax: Softmax, slots: Slots) -> list[frozenset[int]]:

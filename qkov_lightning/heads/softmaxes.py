@@ -5,8 +5,9 @@ Its output becomes a leaf of the autograd graph, so that what comes before it an
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,14 @@ from qkov_lightning.heads.contraction import MATMULS
 from qkov_lightning.heads.parameter_views import flat
 from qkov_lightning.heads.watching import MapWatcher
 
-SOFTMAXES = (functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax)
+MATRIX_PRODUCTS = ("BmmBackward0", "MmBackward0", "BaddbmmBackward0", "AddmmBackward0")
+"""Nodes of the autograd graph that multiply matrices."""
+
+SOFTMAXES = (
+    functional.softmax, torch.softmax, Tensor.softmax, torch.special.softmax,
+    functional.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax,
+)  # fmt: skip
+"""Functions that make probabilities, or their logarithms, which carry the same."""
 
 
 @dataclass(eq=False)
@@ -56,7 +64,7 @@ class SoftmaxWatcher(MapWatcher):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+        with derivatives_on():
             if func is functional.scaled_dot_product_attention:
                 return self._scaled_dot_product(*args, **kwargs)
             output = super().__torch_function__(func, types, args, kwargs)
@@ -116,11 +124,33 @@ class SoftmaxWatcher(MapWatcher):
         return output
 
 
-def leaves_of(tensor: Tensor) -> dict[int, Tensor]:
-    """The leaves of the autograd graph that a tensor was computed from, by identity."""
+@contextlib.contextmanager
+def derivatives_on() -> Iterator[None]:
+    """Grad mode, whatever the model says, and tensors that checkpoints do not compute again."""
+    hooks = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+    with torch.inference_mode(False), torch.enable_grad(), hooks:
+        yield
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Where a tensor comes from.
+
+    Attributes:
+        leaves: The leaves of the autograd graph that it was computed from, by identity.
+        is_joined: Whether a product of two of them is on the way.
+    """
+
+    leaves: dict[int, Tensor]
+    is_joined: bool
+
+
+def trace(tensor: Tensor) -> Trace:
+    """Where a tensor comes from."""
     if tensor.is_leaf:
-        return {id(tensor): tensor} if tensor.requires_grad else {}
+        return Trace({id(tensor): tensor} if tensor.requires_grad else {}, False)
     found: dict[int, Tensor] = {}
+    is_joined = False
     seen: set[Any] = set()
     waiting: list[Any] = [tensor.grad_fn]
     while waiting:
@@ -131,8 +161,15 @@ def leaves_of(tensor: Tensor) -> dict[int, Tensor]:
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             found[id(variable)] = variable
-        waiting += [following for following, _ in node.next_functions]
-    return found
+        following = [one for one, _ in node.next_functions if one is not None]
+        is_joined |= node.name() in MATRIX_PRODUCTS and len(following) > 1
+        waiting += following
+    return Trace(found, is_joined)
+
+
+def leaves_of(tensor: Tensor) -> dict[int, Tensor]:
+    """The leaves of the autograd graph that a tensor was computed from, by identity."""
+    return trace(tensor).leaves
 
 
 def leads_to(tensor: Tensor, leaf: Tensor) -> bool:

@@ -21,7 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from qkov_lightning.heads.contraction import PRODUCTS, Contraction, read_product
-from qkov_lightning.heads.parameter_views import ParameterViews
+from qkov_lightning.heads.parameter_views import ParameterViews, flat, mixes_nothing
 from qkov_lightning.heads.shapes import is_pointwise_convolution
 
 # The same code, but visible to a mode: the original hands itself over to the mode as a whole, once and again.
@@ -182,6 +182,20 @@ class MapWatcher(TorchFunctionMode):
         if func in PRODUCTS:
             return self._multiplied(func, args, kwargs, output)
         self._views.follow(func, args, kwargs, output)
+        if not mixes_nothing(func, args, output) and self._has_weight((*args, *kwargs.values())):
+            return self._mixed(output, args)
+        return output
+
+    def _has_weight(self, values: Iterable[Any]) -> bool:
+        """Whether a matrix of parameters, or of what is computed from them, is among the values."""
+        return any(
+            one.ndim > 1 and (self._views.is_known(one) or self._views.is_computed(one))
+            for one in flat(values)
+            if isinstance(one, Tensor)
+        )
+
+    def _mixed(self, output: Any, args: Any) -> Any:  # noqa: ARG002
+        """What becomes of the result of a function that may mix features with a weight, and is no product."""
         return output
 
     def __exit__(self, *error: Any) -> None:
@@ -192,7 +206,11 @@ class MapWatcher(TorchFunctionMode):
     def _multiplied(
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor:
-        numbered = [self._views.elements(value) for value in args]
+        if func is functional.linear:  # learned queries are a parameter, too
+            args, kwargs = (*args, *(kwargs[name] for name in ("input", "weight")[len(args) :]))[:2], {}
+            numbered = [None, self._views.elements(args[1])]
+        else:
+            numbered = [self._views.elements(value) for value in args]
         if func is torch.einsum and len(args) == 2 and isinstance(args[1], tuple | list):
             args = (args[0], *args[1])
             numbered = [self._views.elements(value) for value in args]
@@ -208,7 +226,7 @@ class MapWatcher(TorchFunctionMode):
         by_name = {key: kwargs[key] if one is None else one for key, one in named.items()}
         read = read_product(func, placed, by_name, is_weight)
         if read is None or not read[2].is_linear_map or output.ndim != len(read[2].output):
-            return output
+            return self._mixed(output, args)
         return self._shown(*read, output)
 
     def _computed(
@@ -218,7 +236,7 @@ class MapWatcher(TorchFunctionMode):
         self._views.follow(func, args, kwargs, output)
         read = read_product(func, args, kwargs, self._views.is_computed)
         if read is None or not read[2].is_linear_map or output.ndim != len(read[2].output):
-            return output
+            return self._mixed(output, args) if self._has_weight((*args, *kwargs.values())) else output
         input, weight, form = read
         return self._shown(input, torch.full(weight.shape, -1), form, output)
 
