@@ -1,21 +1,21 @@
-"""An accelerator that the processor plays: tensors say that they are elsewhere, and every wait for them is noted.
+"""An accelerator that the processor plays: tensors that are elsewhere, and a note of every wait for them.
 
-PyTorch itself thinks that they are on its device "meta", where operations are refused that mix them with tensors
-of the processor. Their numbers are real, so that what is computed there can be compared.
+PyTorch thinks that they are on its device "meta". Operations that mix them with tensors of the processor are
+refused. Their numbers are real, so that what is computed there can be compared.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = torch.device("meta")
 PACKAGE = "qkov_lightning"
@@ -34,9 +34,10 @@ class Away(Tensor):
     """A tensor of the simulated device. The processor cannot read it but through ``SimulatedDevice``."""
 
     here: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
-    def __new__(cls, here: Tensor) -> Away:
+    def __new__(cls: type[Away], here: Tensor) -> Away:
         away: Away = Tensor._make_wrapper_subclass(
             cls, here.shape, here.stride(), here.storage_offset(), dtype=here.dtype, device=DEVICE
         )
@@ -59,17 +60,14 @@ class Away(Tensor):
         raise RuntimeError(f"{func} outside of a SimulatedDevice")
 
 
-class _Constants(TorchFunctionMode):
-    """Makes constants on the processor and takes them away: on the device "meta" they would have no numbers."""
+def _constant(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes constants on the processor and takes them away: made on "meta" they would have no numbers."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in {torch.tensor, torch.as_tensor} and kwargs.get("device") == DEVICE:
-            del kwargs["device"]
-            return func(*args, **kwargs).to(DEVICE)
-        return func(*args, **kwargs)
+    def made(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+        there = device is not None and torch.device(device) == DEVICE
+        return make(*args, **kwargs).to(DEVICE) if there else make(*args, device=device, **kwargs)
+
+    return made
 
 
 class SimulatedDevice(TorchDispatchMode):
@@ -79,44 +77,66 @@ class SimulatedDevice(TorchDispatchMode):
         has_float64: Whether it knows float64, as that of Apple does not.
 
     Attributes:
-        waits: Where the processor waited for the device: the function of the package, and the operation. Calls
-            from outside of the package are not noted.
+        waits: Where the processor waited for the device: the function of the package, and the operation.
+            Calls from outside of the package are not noted.
     """
 
     def __init__(self, has_float64: bool = True) -> None:
         super().__init__()
         self.has_float64 = has_float64
         self.waits: list[tuple[str, str]] = []
-        self._constants = _Constants()
+        self._patched = pytest.MonkeyPatch()
+
+    def expect(self, allowed: Mapping[str, object], counts: Mapping[str, int] = {}) -> None:
+        """Check where the processor waited.
+
+        Args:
+            allowed: Functions of the package that may wait.
+            counts: How often some of them wait at most.
+        """
+        found = Counter(caller for caller, _ in self.waits)
+        unexpected = {caller: number for caller, number in found.items() if caller not in allowed}
+        assert not unexpected, f"The processor waited for the device in {unexpected}."
+        for caller, most in counts.items():
+            assert found[caller] <= most, f"{caller} waited {found[caller]} times, expected {most} at most."
 
     def __enter__(self) -> SimulatedDevice:
-        self._constants.__enter__()
+        self._patched.setattr(torch, "tensor", _constant(torch.tensor))
+        self._patched.setattr(torch, "as_tensor", _constant(torch.as_tensor))
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._constants.__exit__(*error)
+        self._patched.undo()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors: list[Tensor] = []
+        here = [_mapped(args, _noting(tensors)), {k: _mapped(v, _noting(tensors)) for k, v in kwargs.items()}]
         away = [tensor for tensor in tensors if isinstance(tensor, Away)]
         device = kwargs.get("device")
         goes_away = bool(away) if device is None else torch.device(device) == DEVICE
         if func.overloadpacket is aten.copy_:
             goes_away = isinstance(args[0], Away)
         self._check(func, args, kwargs, tensors, away, goes_away)
-        own = {**kwargs, "device": torch.device("cpu")} if device is not None else kwargs
-        result = func(*tree_map(_here, args), **tree_map(_here, own))
-        if not goes_away or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+        if device is not None:
+            here[1]["device"] = torch.device("cpu")
+        result = func(*here[0], **here[1])
+        if not goes_away:
             return result
-        if not self.has_float64 and any(leaf.dtype == torch.float64 for leaf in tree_leaves(result)):
+        # What was changed in place stays the same object.
+        known = {id(tensor.here): tensor for tensor in away}
+        return _mapped(
+            result, lambda tensor: known[id(tensor)] if id(tensor) in known else self._taken(func, tensor)
+        )
+
+    def _taken(self, func: Any, tensor: Tensor) -> Away:
+        if tensor.dtype == torch.float64 and not self.has_float64:
             raise TypeError(f"{func}: the device has no float64.")
-        result = tree_map(lambda leaf: Away(leaf) if isinstance(leaf, Tensor) else leaf, result)
-        return return_and_correct_aliasing(func, args, kwargs, result)
+        return Away(tensor)
 
     def _check(
         self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor], away: list[Tensor], goes_away: bool
@@ -147,8 +167,21 @@ class SimulatedDevice(TorchDispatchMode):
             self.waits.append((caller, func.overloadpacket.__name__))
 
 
-def _here(value: Any) -> Any:
-    return value.here if isinstance(value, Away) else value
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """A value with the tensors in it changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_mapped(one, change) for one in value) if type(value) in {list, tuple} else value
+
+
+def _noting(tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Gives the numbers of a tensor, and notes the tensor."""
+
+    def here(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor.here if isinstance(tensor, Away) else tensor
+
+    return here
 
 
 def _caller() -> str:
@@ -159,11 +192,3 @@ def _caller() -> str:
         if PACKAGE in path.parts:
             return f"{path.stem}.{frame.f_code.co_name}"
     return ""
-
-
-def away(value: Any) -> Any:
-    """A copy of a tensor on the simulated device."""
-    return value.to(DEVICE)
-
-
-Simulated = Callable[[], SimulatedDevice]

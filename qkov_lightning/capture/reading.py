@@ -1,4 +1,4 @@
-"""Tensors of an accelerator, read by the processor without waiting for each of them."""
+"""Numbers of an accelerator: read by the processor all at once, and summed as exactly as on it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Types of devices that have no float64."""
 
 
 def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -28,5 +31,16 @@ def read_together(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def finest(device: torch.device) -> torch.dtype:
-    """The most exact type of numbers that a device knows: Apple's has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The most exact type of numbers that a device knows."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def summing_device(device: torch.device | str) -> torch.device:
+    """Where sums in float64 run: on the device, or on the processor if the device has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on its ``summing_device``."""
+    return tensor.to(summing_device(tensor.device)).double()
