@@ -144,7 +144,7 @@ def test_packed_samples_wait_for_their_tokens_too() -> None:
             assert found.factors[name].offsets.tolist() == [0, 6, 17]
 
 
-def test_a_loss_that_selects_by_a_mask_waits_in_its_own_passes_and_once_more() -> None:
+def test_a_loss_that_selects_by_a_mask_waits_as_its_own_passes_do() -> None:
     """Which rows a mask selects is asked for by the model, too, forward and backward."""
     with SimulatedDevice() as device:
         model, tokens, targets = network().to(DEVICE), TOKENS.to(DEVICE), TARGETS.to(DEVICE)
@@ -154,7 +154,7 @@ def test_a_loss_that_selects_by_a_mask_waits_in_its_own_passes_and_once_more() -
             loss = functional.cross_entropy(model(tokens)[mask], targets[mask])
             capture.note_loss(loss)
             device.expect(
-                {"loss_terms._backward": "the rows that the mask selects"}, {"loss_terms._backward": 1}
+                {"loss_terms._backward": "the rows that the mask selects"}, {"loss_terms._backward": 2}
             )
             loss.backward()
             (step,) = capture.finish(lambda: named(tokens))
