@@ -30,6 +30,8 @@ test: $(VENV)/.installed-dev  ## Run the whole test suite.
 
 $(VENV)/.installed-bench: $(VENV)/.installed
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	# Its torchvision is a CUDA build, beside which transformers does not import on a processor.
+	$(BIN)/pip install --quiet --no-deps bergson==2.5.1
 	touch $@
 
 bench: $(VENV)/.installed-bench  ## Measure speed, memory and bytes, and print the table of the README.
@@ -47,8 +49,9 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
 test-lowest: $(LOWEST)/.installed  ## Run the test suite with the lowest versions that are promised.
 	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile
 
-gpu: $(VENV)/.installed-dev  ## Run the tests that need a GPU; they are skipped where there is none.
+gpu: $(VENV)/.installed-dev  ## Run the tests that need a GPU, and print what the monitor costs on it.
 	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python tests/benchmarks/gpu.py
 
 lint: $(VENV)/.installed-dev  ## Check format, style, types and the direction of imports.
 	$(BIN)/ruff format --check

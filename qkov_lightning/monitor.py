@@ -247,15 +247,8 @@ class InterferenceMonitor(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Note how the loss is made of its samples, and what it was multiplied with."""
-
-        def scale() -> float:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            loss_scale = float(scaler.get_scale()) if scaler is not None else 1.0
-            accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            return accumulated / loss_scale
-
-        self._recording.set_scale(scale)
-        self._recording.note_loss(loss)
+        accumulated = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+        self._recording.note_loss(loss, accumulated, getattr(trainer.precision_plugin, "scaler", None))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """One backward pass is all of an automatic step; an optimiser may evaluate it again (L-BFGS, SAM)."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from qkov_lightning.capture.reading import finest, read_together
 
 MAX_ELEMENTS = 2**22
 """Elements of the largest tensor that is made to read a loss."""
@@ -68,22 +70,65 @@ class LossTerm:
     owner: object
 
 
+@dataclass(frozen=True, eq=False)
+class TracedTerm:
+    """A reduction whose numbers are still where the loss is.
+
+    Attributes:
+        term: The reduction, without divisors.
+        factors: Derivatives of the number that is the loss, node by node on the way to the reduction.
+    """
+
+    term: LossTerm
+    factors: tuple[Tensor, ...]
+
+
 def read_loss(loss: Tensor) -> list[LossTerm]:
     """The reductions that a loss consists of; those in operations that are not known are left out."""
-    terms: list[LossTerm] = []
+    return read_terms(trace_loss(loss))
+
+
+def read_terms(traced: Sequence[TracedTerm]) -> list[LossTerm]:
+    """Numbers of traced reductions, after one wait for the device that has them.
+
+    Reductions that are no part of the loss, or of none that is finite, are left out.
+    """
+    tensors = [tensor for one in traced for tensor in _tensors(one)]
+    read = iter(tensor.double() for tensor in read_together(tensors))
+    terms = []
+    for one in traced:
+        levels = tuple(next(read) for _ in one.term.levels)
+        selected = None if one.term.selected is None else next(read)
+        factors = [abs(float(next(read))) for _ in one.factors]
+        if all(factor and math.isfinite(factor) for factor in factors):
+            divisors = tuple(1 / factor for factor in factors if not math.isclose(factor, 1.0))
+            terms.append(replace(one.term, levels=levels, selected=selected, divisors=divisors))
+    return terms
+
+
+def _tensors(traced: TracedTerm) -> Iterator[Tensor]:
+    yield from traced.term.levels
+    if traced.term.selected is not None:
+        yield traced.term.selected
+    yield from traced.factors
+
+
+def trace_loss(loss: Tensor) -> list[TracedTerm]:
+    """Find the reductions that a loss consists of, before its backward pass. No device is waited for."""
+    terms: list[TracedTerm] = []
     if loss.grad_fn is None or loss.numel() != 1:
         return terms
-    todo: list[tuple[Any, int, tuple[float, ...]]] = [(loss.grad_fn, 0, ())]
+    todo: list[tuple[Any, int, tuple[Tensor, ...]]] = [(loss.grad_fn, 0, ())]
     for _ in range(MAX_NODES):
         if not todo:
             break
-        node, output, divisors = todo.pop()
+        node, output, factors = todo.pop()
         children = [child for child, _ in node.next_functions if child is not None]
         if hasattr(node, "_saved_reduction") and _size(node, output) == 1:
-            term = _loss_function(node, divisors)
-            terms += [] if term is None else [term]
+            term = _loss_function(node)
+            terms += [] if term is None else [TracedTerm(term, factors)]
         elif node.name() in LINEAR:
-            gradients = _backward(node, output, torch.ones(_shape(node, output), dtype=torch.float64))
+            gradients = _backward(node, output)
             reduced = [
                 (child, index, gradient)
                 for (child, index), gradient in zip(node.next_functions, gradients, strict=False)
@@ -91,18 +136,13 @@ def read_loss(loss: Tensor) -> list[LossTerm]:
             ]
             for child, index, gradient in reduced:
                 if _size(child, index) == 1:
-                    factor = abs(float(gradient.sum()))
-                    if factor and math.isfinite(
-                        factor
-                    ):  # else it is no part of the loss, or of none that is finite
-                        more = () if math.isclose(factor, 1.0) else (1 / factor,)
-                        todo.append((child, index, (*divisors, *more)))
+                    todo.append((child, index, (*factors, gradient.sum())))
                 elif len(children) == 1 and node.name().startswith(("Mean", "Sum", "NanSum")):
-                    terms.append(_reduction(node, child, index, gradient, divisors))
+                    terms.append(TracedTerm(_reduction(node, child, index, gradient), factors))
     return terms
 
 
-def _reduction(node: Any, child: Any, index: int, gradient: Tensor, divisors: tuple[float, ...]) -> LossTerm:
+def _reduction(node: Any, child: Any, index: int, gradient: Tensor) -> LossTerm:
     """A mean or a sum over all elements of a tensor."""
     is_mean = node.name().startswith("Mean")
     ones = torch.ones_like(gradient)
@@ -118,10 +158,10 @@ def _reduction(node: Any, child: Any, index: int, gradient: Tensor, divisors: tu
     if last[0].name().startswith("LogSoftmax") and levels[-1].shape == _shape(*last):
         # The classes of one target are no terms of their own.
         levels.append(levels[-1].sum(dim=_signed(last[0]._saved_dim)))
-    return LossTerm(joined, tuple(levels), divisors, *_below(child, levels[0].numel()))
+    return LossTerm(joined, tuple(levels), (), *_below(child, levels[0].numel()))
 
 
-def _loss_function(node: Any, divisors: tuple[float, ...]) -> LossTerm | None:
+def _loss_function(node: Any) -> LossTerm | None:
     """A loss function that reduces by itself, such as the cross-entropy."""
     joined: dict[int, Literal["mean", "sum"]] = {1: "mean", 2: "sum"}
     weights = _valid(node)
@@ -132,7 +172,7 @@ def _loss_function(node: Any, divisors: tuple[float, ...]) -> LossTerm | None:
         how: Any = "weighted_mean" if node._saved_reduction == 1 else "sum"
     else:
         how, weights = joined[node._saved_reduction], torch.ones(_shape(child, node.next_functions[0][1]))
-    return LossTerm(how, (weights.double().cpu(),), divisors, *_below(child, weights.numel()))
+    return LossTerm(how, (weights,), (), *_below(child, weights.numel()))
 
 
 def _valid(node: Any) -> Tensor | None:
@@ -143,8 +183,8 @@ def _valid(node: Any) -> Tensor | None:
     ignored -= 2**64 if ignored >= 2**63 else 0
     valid = target != ignored
     if node._saved_weight is None:
-        return valid.double().cpu()
-    return (node._saved_weight[target.where(valid, 0)] * valid).double().cpu()
+        return _exact(valid)
+    return _exact(node._saved_weight[target.where(valid, 0)] * valid)
 
 
 def _down(node: Any, output: int, weights: Tensor) -> Iterator[tuple[Tensor, tuple[Any, int]]]:
@@ -206,28 +246,36 @@ def _selection(node: Any, num_elements: int) -> Tensor | None:
     by_row = len(shape) > 1 and shape[0] == num_elements
     if not (by_row or math.prod(shape) == num_elements) or math.prod(_shape(source, index)) > MAX_SELECTED:
         return None
-    whole = _backward(node, 0, torch.ones(shape))[0]
+    whole = _backward(node, 0)[0]
     if whole is None:
         return None
-    return whole.flatten(whole.ndim - len(shape) + 1)[..., 0].flatten() if by_row else whole.flatten()
+    # A copy of one feature of each row: the whole may be as large as the features of the model.
+    return whole.flatten(whole.ndim - len(shape) + 1)[..., 0].flatten().clone() if by_row else whole.flatten()
 
 
-def _backward(node: Any, output: int, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    """Derivative of a node with respect to its inputs, times a gradient of one of its outputs."""
+def _backward(node: Any, output: int, gradient: Tensor | None = None) -> tuple[Tensor | None, ...]:
+    """Derivative of a node with respect to its inputs, times a gradient of one of its outputs (or 1)."""
     metadata = node._input_metadata
     kind = metadata[output]
-    # In float64 where the node allows it: a count of tokens must come out exactly.
-    for dtype in (torch.float64, kind.dtype):
+    # In the finest numbers that the node allows: a count of tokens must come out exactly.
+    for dtype in dict.fromkeys((finest(kind.device), kind.dtype)):
         gradients: list[Tensor | None] = [None] * len(metadata)
-        gradients[output] = gradient.to(kind.device, dtype).expand(kind.shape)
+        if gradient is None:
+            gradients[output] = torch.ones((), dtype=dtype, device=kind.device).expand(kind.shape)
+        else:
+            gradients[output] = gradient.to(kind.device, dtype).expand(kind.shape)
         try:
             with torch.no_grad():
                 result = node(*gradients)
         except RuntimeError:  # another type, or a saved tensor was changed in place or freed
             continue
         result = result if isinstance(result, tuple) else (result,)
-        return tuple(None if one is None else one.double().cpu() for one in result)
+        return tuple(None if one is None else _exact(one) for one in result)
     return tuple(None for _ in node.next_functions)
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.to(finest(values.device))
 
 
 def _shape(node: Any, output: int) -> tuple[int, ...]:

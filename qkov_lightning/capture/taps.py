@@ -27,9 +27,18 @@ from qkov_lightning.capture.calls import (
     inside_backward,
     is_batched,
 )
-from qkov_lightning.capture.factors import CapturedStep, Delivery, GradientFactors, fits, inputs_of, join
+from qkov_lightning.capture.factors import (
+    CapturedStep,
+    Delivery,
+    GradientFactors,
+    Scale,
+    fits,
+    inputs_of,
+    join,
+    token_orders,
+)
 from qkov_lightning.capture.joinings import Joining
-from qkov_lightning.capture.loss_terms import LossTerm, read_loss
+from qkov_lightning.capture.loss_terms import LossTerm, TracedTerm, read_terms, trace_loss
 from qkov_lightning.capture.placing import side_by_side, widened
 from qkov_lightning.capture.reductions import ReductionChoice, check_rows, joining
 from qkov_lightning.capture.samples import Labels, current_labels
@@ -90,8 +99,6 @@ class GradientCapture:
         world_size: Number of such processes.
 
     Attributes:
-        scale: Multiplies every gradient that arrives after it is set; ``start`` sets it to 1. Undoes
-            what the training loop did to the loss: accumulation, gradient scaling.
         numbering: Samples without an identifier seen so far, per task.
         joined: How the loss joined the samples of the last captured step; None before the first.
     """
@@ -127,12 +134,12 @@ class GradientCapture:
         self._active = self._paused = False
         self._calls: list[Call] = []
         self._versions: dict[tuple[str, object], tuple[int, ...]] = {}
-        self._terms: list[LossTerm] = []
+        self._terms: list[TracedTerm] = []
         self._ran_without_grad: set[str] = set()
         self._batched: set[str] = set()
         self._problems: dict[str, str] = {}
         self._leftovers: dict[int, tuple[weakref.ref[Tensor], int]] = {}
-        self.scale = 1.0
+        self._scale = Scale(1.0)
 
     def __enter__(self) -> GradientCapture:
         return self
@@ -144,6 +151,19 @@ class GradientCapture:
     def active(self) -> bool:
         """Whether a step is being captured."""
         return self._active
+
+    @property
+    def scale(self) -> float:
+        """Multiplies every gradient that arrives after it is set; ``start`` sets it to 1.
+
+        Undoes what the training loop did to the loss: accumulation, gradient scaling. A function is called
+        when the step ends, so that the processor need not wait for a device that knows the number.
+        """
+        return float(self._scale)
+
+    @scale.setter
+    def scale(self, value: float | Callable[[], float]) -> None:
+        self._scale = Scale(value)
 
     def start(self) -> None:
         """Watch from now on. Compiled modules run eagerly until the step ends: compiled code calls no taps.
@@ -173,7 +193,7 @@ class GradientCapture:
     def note_loss(self, loss: Tensor) -> None:
         """Read how the loss joins its samples, before its backward pass."""
         if self._active and not self._paused:
-            self._terms += read_loss(loss)
+            self._terms += trace_loss(loss)
 
     def pause(self) -> None:
         """Watch no further forward pass of this step."""
@@ -201,7 +221,7 @@ class GradientCapture:
         try:
             self._account()
             self._drop_asked_for()
-            steps = []
+            steps, terms = [], read_terms(self._terms)
             for labels in dict.fromkeys(call.labels for call in self._calls if call.deliveries):
                 calls = [call for call in self._calls if call.labels is labels and call.deliveries]
                 if labels is None:
@@ -211,7 +231,7 @@ class GradientCapture:
                             "checkpoints run again outside of it: use `use_reentrant=False`.)"
                         )
                     labels = batch_labels()
-                steps.append(self._collect(labels, calls, self._terms_of(calls)))
+                steps.append(self._collect(labels, calls, _terms_of(terms, calls)))
             self._warn()
             return [step for step in steps if step.factors]
         finally:
@@ -277,7 +297,7 @@ class GradientCapture:
                 )
             wide_input = widened(activation.detach(), inputs, part.num_inputs)
             wide_grad = widened(grad_output.detach(), outputs, part.num_outputs)
-            call.deliveries.append(Delivery(wide_input, wide_grad, self.scale, adds_up(adding)))
+            call.deliveries.append(Delivery(wide_input, wide_grad, self._scale, adds_up(adding)))
 
         tapped: Tensor = Tap.apply(output, activation.detach(), call, deliver)
         return tapped
@@ -339,11 +359,6 @@ class GradientCapture:
                     "started, or its weight used without calling it)"
                 )
 
-    def _terms_of(self, calls: list[Call]) -> list[LossTerm]:
-        """Parts of the loss that these calls led to; without any, those whose calls are not seen."""
-        own = [term for term in self._terms if term.owner in calls]
-        return own or [term for term in self._terms if term.owner is None]
-
     def _got_gradient(self, parameter: nn.Parameter) -> bool:
         """Whether the step added to the gradient of a parameter."""
         grad = parameter.grad
@@ -377,15 +392,17 @@ class GradientCapture:
                 )
             if not {name, *(part.name for part in self._maps[name].parts)} & self._problems.keys():
                 sharing.setdefault(inputs_of(own), {})[name] = own
-        scale = deliveries[0].scale
+        scale = float(deliveries[0].scale)
         # What was delivered is let go as soon as it is copied: both together would be twice the memory.
         del deliveries, by_part, by_map
         for call in calls:
             call.deliveries.clear()
+        tokens = dict(
+            zip(sharing, token_orders(list(sharing.values()), num_samples, labels.token_samples), strict=True)
+        )
         factors: dict[str, GradientFactors] = {}
-        while sharing:
-            modules = sharing.pop(next(iter(sharing)))
-            factors |= join(modules, num_samples, labels.token_samples, scale)
+        for inputs in tokens:
+            factors |= join(sharing.pop(inputs), tokens[inputs], scale)
         if not factors:
             raise ValueError(
                 "No projection could be captured: "
@@ -407,3 +424,9 @@ class GradientCapture:
                     CaptureWarning,
                     stacklevel=3,
                 )
+
+
+def _terms_of(terms: Sequence[LossTerm], calls: Sequence[Call]) -> list[LossTerm]:
+    """Parts of the loss that some calls led to; without any, those whose calls are not seen."""
+    own = [term for term in terms if term.owner in calls]
+    return own or [term for term in terms if term.owner is None]

@@ -61,7 +61,7 @@ def slice_influence(
     possible = torch.zeros((), dtype=torch.float64)
     rotations = _rotations(features.shape[1])
     for derivative, output in derivatives:
-        g, y = (t.detach().reshape(-1, t.shape[-1]).double().cpu() for t in (derivative, output))
+        g, y = (t.detach().reshape(-1, t.shape[-1]).cpu().double() for t in (derivative, output))
         sizes = g[:, possible_features].square().sum(-1) * y[:, possible_features].square().sum(-1)
         possible += sizes.sum()
         g, y = g[:, features], y[:, features]
@@ -157,7 +157,7 @@ class AttentionGraph:
         values = self._values()
         one_query, one_value = [], []
         # Those with the largest scores: a token may be padding, or zero, or see one key under a causal mask.
-        sizes = scores.detach().double().abs()
+        sizes = scores.detach().cpu().double().abs()
         strength = torch.where(sizes < MASKED, sizes, 0.0).sum(dim=(1, 3))
         for index in strength.flatten().topk(min(NUM_QUERIES, strength.numel())).indices.tolist():
             sample, token = divmod(index, strength.shape[1])
@@ -289,7 +289,7 @@ class AttentionGraph:
         gradient = self.headed(
             torch.autograd.grad(self.context, self.probabilities, cotangent, retain_graph=True)
         )
-        sizes = gradient.double().square().sum(dim=(0, 2, 3)).sqrt()
+        sizes = gradient.cpu().double().square().sum(dim=(0, 2, 3)).sqrt()
         moved = set((sizes > tolerance(gradient.dtype) * sizes.norm()).nonzero().flatten().tolist())
         if moved != {head}:
             return _instead(moved, {head}).replace("moves", "carries")

@@ -27,6 +27,14 @@ class SubspaceRule:
     basis: Float[Tensor, "part own direction"]
 
 
+@dataclass(frozen=True, eq=False)
+class _OwnRows:
+    """Protected rows that this process holds, and the head that each belongs to."""
+
+    rows: Int[Tensor, row]
+    heads: Int[Tensor, row]
+
+
 class ProjectedWeight:
     r"""A weight whose steps are projected: :math:`\Delta W \leftarrow \Delta W (I - U U^\top)`.
 
@@ -54,6 +62,7 @@ class ProjectedWeight:
             )
         self.parameter, self.input_axis = parameter, input_axis
         self._rules = [self._placed(rule, part.device) for rule in rules]
+        self._own_rows = [self._held(rule, part) for rule in self._rules]
         self._before: Tensor | None = None
         self.taken = [
             torch.zeros(2, len(rule.basis if rule.outputs is None else rule.outputs), device=part.device)
@@ -65,6 +74,14 @@ class ProjectedWeight:
             return None if indices is None else indices.to(device)
 
         return SubspaceRule(to(rule.outputs), to(rule.inputs), rule.basis.to(device))
+
+    def _held(self, rule: SubspaceRule, part: Tensor) -> _OwnRows | None:
+        """Found once: which rows there are is a question that an accelerator would be waited for."""
+        if rule.outputs is None:
+            return None
+        _, first = local_part(self.parameter.detach(), 1 - self.input_axis)
+        here = (rule.outputs >= first) & (rule.outputs < first + part.shape[1 - self.input_axis])
+        return _OwnRows(rule.outputs[here] - first, here.nonzero()[:, 0])
 
     def remember(self) -> None:
         """Note the weight before a step, if it is not noted."""
@@ -79,8 +96,8 @@ class ProjectedWeight:
         part = self._part()
         moved = (part - self._before).float()
         step = moved.clone()
-        for rule, taken in zip(self._rules, self.taken, strict=True):
-            self._take(rule, step, taken)
+        for rule, own_rows, taken in zip(self._rules, self._own_rows, self.taken, strict=True):
+            self._take(rule, own_rows, step, taken)
         # What is not projected stays as it is to the last bit.
         part.copy_(torch.where(step == moved, part, self._before + step.to(part.dtype)))
         self._before = None
@@ -90,10 +107,13 @@ class ProjectedWeight:
         return part if self.input_axis == 1 else part.T
 
     def _take(
-        self, rule: SubspaceRule, step: Float[Tensor, "output input"], taken: Float[Tensor, "2 head"]
+        self,
+        rule: SubspaceRule,
+        own_rows: _OwnRows | None,
+        step: Float[Tensor, "output input"],
+        taken: Float[Tensor, "2 head"],
     ) -> None:
         """Write the projected step over the step."""
-        _, first = local_part(self.parameter.detach(), 1 - self.input_axis)
         if rule.inputs is not None:  # an output projection: a basis for each head's columns
             own = step[:, rule.inputs.flatten()].unflatten(1, rule.inputs.shape).transpose(0, 1)
             inside = own @ rule.basis @ rule.basis.transpose(1, 2)
@@ -101,15 +121,14 @@ class ProjectedWeight:
             taken += torch.stack([inside.square().sum(dim=(1, 2)), own.square().sum(dim=(1, 2))])
             return
         basis = rule.basis[0]
-        if rule.outputs is None:
+        if own_rows is None:
             inside = step @ basis @ basis.T
             taken += torch.stack([inside.square().sum(), step.square().sum()])[:, None]
             step -= inside
             return
-        head = torch.arange(len(rule.outputs), device=step.device)[:, None].expand_as(rule.outputs)
-        here = (rule.outputs >= first) & (rule.outputs < first + len(step))
-        rows, head = rule.outputs[here] - first, head[here]
-        own = step[rows]
+        own = step[own_rows.rows]
         inside = own @ basis @ basis.T
-        step[rows] = own - inside
-        taken.index_add_(1, head, torch.stack([inside.square().sum(dim=1), own.square().sum(dim=1)]))
+        step[own_rows.rows] = own - inside
+        taken.index_add_(
+            1, own_rows.heads, torch.stack([inside.square().sum(dim=1), own.square().sum(dim=1)])
+        )

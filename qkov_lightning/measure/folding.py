@@ -85,7 +85,7 @@ def fold_fisher(
         stored.check(records)
         for projection in projections:
             if processes.takes(projection.layer):
-                folding = Folding(stored, projection, decay, device)
+                folding = Folding(stored, projection, decay, reader.device)
                 for gradients in head_gradients_of(reader, stored.as_kept(projection)):
                     folding.fold(gradients)
                 folding.save()

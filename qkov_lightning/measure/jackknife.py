@@ -56,11 +56,12 @@ def jackknife_replicates(
     """
     if num_groups < 2:
         raise ValueError(f"num_groups is {num_groups}, expected at least 2.")
+    reader = CacheReader([record for record, _ in cache.records()], device)
+    device = reader.device
     metrics = [
         HeadInterference(tasks, num_layers(projections), num_heads(projections), settings).to(device)
         for _ in range(num_groups)
     ]
-    reader = CacheReader([record for record, _ in cache.records()], device)
     for projection in projections:
         if not processes.takes(projection.layer):
             continue

@@ -76,14 +76,14 @@ def measure_interference(
         record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
     })
     _check_size(tasks, projections)
-    device = next(model.parameters()).device
-    metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), settings).to(device)
+    reader = CacheReader(records, next(model.parameters()).device)
+    metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), settings)
+    metric = metric.to(reader.device)
     own = [projection for projection in projections if processes.takes(projection.layer)]
     failures: list[CacheError] = []
-    reader = CacheReader(records, device)
     with disk_errors(stored, failures):
         for projection in own:
-            folding = Folding(stored, projection, settings.fisher_decay, device)
+            folding = Folding(stored, projection, settings.fisher_decay, reader.device)
             for gradients in head_gradients_of(reader, stored.as_kept(projection)):
                 fisher = folding.fold(gradients)
                 # A frozen block has no gradients and no rates.

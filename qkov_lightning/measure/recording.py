@@ -150,14 +150,18 @@ class Recording:
         if self.capture and not self._switched_off and is_captured(self.num_batches, every_n_steps):
             self.capture.start()
 
-    def set_scale(self, scale: Callable[[], float]) -> None:
-        """Tell the taps what undoes the scale of the loss."""
-        if self.capture and self.capture.active:
-            self.capture.scale = scale()
+    def note_loss(self, loss: Tensor, accumulated: int, scaler: Any) -> None:
+        """Show the taps how the loss joins its samples, and what it was divided by and multiplied with.
 
-    def note_loss(self, loss: Tensor) -> None:
-        """Show the taps how the loss joins its samples."""
-        if self.capture:
+        Args:
+            loss: Before its backward pass.
+            accumulated: Number of batches that it was divided by.
+            scaler: The gradient scaler that it was multiplied with; None without one.
+        """
+        if self.capture and self.capture.active:
+            # What the scaler makes of 1, on the device: asking for its scale would wait for the forward pass.
+            scale = None if scaler is None else scaler.scale(torch.ones((), device=loss.device))
+            self.capture.scale = lambda: accumulated / (1.0 if scale is None else float(scale))
             self.capture.note_loss(loss)
 
     def pause(self) -> None:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from qkov_lightning.capture.reading import in_float64
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
@@ -209,7 +210,7 @@ class _Moments:
         if self.mask is not None and self.mask.shape == inputs.shape[:-1]:
             inputs = inputs[self.mask]
         flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        square = (flat.T @ flat).double()
+        square = in_float64(flat.T @ flat)
         self.squares[name] = self.squares[name] + square if name in self.squares else square
 
     def add_rows(self, name: str, num_rows: int, rows: Int[Tensor, "*token"]) -> None:

@@ -184,11 +184,12 @@ class EmpiricalFisher:
             CacheError: If the file is missing or is no Fisher.
         """
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
+            with safe_open(path, framework="pt") as file:
                 header = json.loads(file.metadata()["qkov_fisher"])
                 fisher = cls(header["decay"])
                 fisher._num_steps = {task: int(steps) for task, steps in header["num_steps"].items()}
-                fisher._average = {task: file.get_tensor(index) for index, task in header["tasks"].items()}
+                tensors = {task: file.get_tensor(index) for index, task in header["tasks"].items()}
+                fisher._average = {task: tensor.to(device) for task, tensor in tensors.items()}
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CacheError(f"Fisher file {path} cannot be read: {error}") from error
         return fisher

@@ -25,6 +25,7 @@ from qkov_lightning.capture.gradients import (
     owned_gradients,
     owned_part,
 )
+from qkov_lightning.capture.reading import summing_device
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.records import CacheRecord
@@ -55,12 +56,12 @@ class CacheReader:
 
     Args:
         records: What to read, oldest first.
-        device: Where the gradients go.
+        device: Where the gradients go, if it can sum in float64; the processor otherwise.
     """
 
     def __init__(self, records: Sequence[CacheRecord], device: torch.device | str = "cpu") -> None:
         self._records = records
-        self.device = torch.device(device)
+        self.device = summing_device(device)
         self._verified: set[tuple[Path, str]] = set()
         self._readable: dict[str, list[CacheRecord]] = {}
 

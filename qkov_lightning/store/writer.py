@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class CacheWriter:
         self.store: Callable[[CapturedStep], CapturedStep | SampledStep] = on_host
         self._queue: queue.Queue[tuple[int, Sequence[CapturedStep], Any] | None] = queue.Queue(MAX_PENDING)
         self._thread: threading.Thread | None = None
+        self._streams: dict[torch.device, Any] = {}
         self._error: BaseException | None = None
         self._num_written = self._num_dropped = 0
 
@@ -91,15 +93,21 @@ class CacheWriter:
                 self._queue.task_done()
         self._queue.task_done()
 
-    def _write(self, step: int, captured: Sequence[CapturedStep], ready: Any) -> None:
-        if ready is None:
+    def _write(self, step: int, captured: Sequence[CapturedStep], ready: Mapping[torch.device, Any]) -> None:
+        with ExitStack() as streams:
+            for device, event in ready.items():
+                # Of the device that has the step: a thread starts on the first one of the machine.
+                stream = self._stream(device)
+                stream.wait_event(event)
+                streams.callback(stream.synchronize)
+                streams.enter_context(torch.cuda.stream(stream))
             self._append(step, captured)
-            return
-        stream = torch.cuda.Stream()
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            self._append(step, captured)
-        stream.synchronize()
+
+    def _stream(self, device: torch.device) -> Any:
+        """The same one in every step: each stream keeps memory of its own."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def _append(self, step: int, captured: Sequence[CapturedStep]) -> None:
         if not all(one.is_finite for one in captured):
@@ -118,7 +126,8 @@ def on_host(captured: CapturedStep) -> CapturedStep:
     for key, tensor in tensors.items():
         pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         copies[key] = pinned.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream().synchronize()
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
     factors = {
         name: GradientFactors(copies[id(f.activation)], copies[id(f.grad_output)], f.offsets)
         for name, f in captured.factors.items()
@@ -126,10 +135,11 @@ def on_host(captured: CapturedStep) -> CapturedStep:
     return replace(captured, factors=factors)
 
 
-def _ready(captured: Sequence[CapturedStep]) -> Any:
-    """What tells that the kernels of the step have run; None where there are none to wait for."""
-    if not any(f.activation.is_cuda for one in captured for f in one.factors.values()):
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event
+def _ready(captured: Sequence[CapturedStep]) -> dict[torch.device, Any]:
+    """What tells, for each accelerator, that the kernels of the step have run there."""
+    events = {}
+    for device in {f.activation.device for one in captured for f in one.factors.values()}:
+        if device.type == "cuda":
+            events[device] = torch.cuda.Event()
+            events[device].record(torch.cuda.current_stream(device))
+    return events

@@ -2,36 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from caches import STORAGES
+from memory import peak_of
 
 from qkov_lightning.store.streaming import HELD_BYTES
 
-HERE = Path(__file__).parent
 # What streaming.py states: gradients, the Fishers of one projection (two tasks) and factors of two steps of 8
 # x 128 tokens; here for Q, 2,048 x 256 weights, in float32.
 CAP = HELD_BYTES + 4 * (2 * 2048 * 256 + 2 * 8 * 128 * (2048 + 256))
 
 
-def _peak(*arguments: str) -> int:
-    # A fixed threshold: glibc would raise it as it goes, and keep what was freed.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, str(HERE / "peak_memory.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
-
-
 def bench_memory_of_training(benchmark: Callable, report: Callable) -> None:
-    plain = benchmark.pedantic(_peak, ("train", "0"), rounds=1)
+    plain = benchmark.pedantic(peak_of, ("train", "0"), rounds=1)
     for every_n_steps, what in ((1, "every"), (10, "every tenth")):
-        monitored = _peak("train", str(every_n_steps))
+        monitored = peak_of("train", str(every_n_steps))
         report(
             f"GPT-2 small with its vocabulary, 2 x 128 tokens: peak memory with the monitor, {what} step captured / without ({plain / 1e9:.2f} GB)",
             f"{monitored / plain:.3f}",
@@ -43,7 +31,7 @@ def bench_memory_of_training(benchmark: Callable, report: Callable) -> None:
 def bench_memory_of_validation(storage: str, benchmark: Callable, report: Callable, tmp_path: Path) -> None:
     for num_samples in (32, 128, 512):
         arguments = ("validate", str(tmp_path / str(num_samples)), str(num_samples), storage)
-        added = _peak(*arguments) if num_samples > 32 else benchmark.pedantic(_peak, arguments, rounds=1)
+        added = peak_of(*arguments) if num_samples > 32 else benchmark.pedantic(peak_of, arguments, rounds=1)
         report(
             f"1 layer, 16 heads of 128 x 256 weights, {storage}, {num_samples} samples: peak memory that the validation pass adds",
             f"{added / 2**20:.0f} MiB",

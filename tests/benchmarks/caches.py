@@ -25,13 +25,18 @@ STORAGES: dict[str, dict[str, object]] = {"exact": {"storage": "factors"}, "samp
 
 
 def written_cache(
-    model: nn.Module, batches: Sequence[dict], folder: Path, storage: str = "exact"
+    model: nn.Module, batches: Sequence[dict], folder: Path, storage: str = "exact", accelerator: str = "cpu"
 ) -> GradientCache:
     """The cache after one training step on each batch."""
     monitor = InterferenceMonitor(
-        every_n_steps=1, max_samples_per_task=4096, max_cache_gb=64, cache_dir=folder, **STORAGES[storage]
+        every_n_steps=1,
+        max_samples_per_task=4096,
+        max_cache_gb=64,
+        cache_dir=folder,
+        keep_cache=True,
+        **STORAGES[storage],
     )
-    trainee = Trainee(LanguageModel(model), folder, monitor)
+    trainee = Trainee(LanguageModel(model), folder, monitor, accelerator=accelerator)
     for batch in batches:
         trainee.step(batch)
     trainee.stop()

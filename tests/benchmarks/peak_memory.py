@@ -1,6 +1,7 @@
 """Prints the peak of resident memory, in bytes, of a process that does one thing.
 
 python peak_memory.py train EVERY_N_STEPS     (0: without the monitor)
+python peak_memory.py beside PEER            (a key of peers.PEERS)
 python peak_memory.py validate FOLDER NUM_SAMPLES STORAGE
 """
 
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import torch
 from caches import measured, written_cache
+from lightning.pytorch import Callback
+from peers import PEERS
 from shapes import LanguageModel, batch_of, gpt2, qwen3
 from trainees import Trainee
 
@@ -29,11 +32,19 @@ def peak() -> int:
 def train(every_n_steps: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         every = int(every_n_steps)
-        monitors = [InterferenceMonitor(every_n_steps=every)] if every else []
-        trainee = Trainee(LanguageModel(gpt2(vocabulary=50_257)), Path(folder), *monitors)
-        for _ in range(12):
-            trainee.step(batch_of(2))
-        trainee.stop()
+        return _trained(folder, *([InterferenceMonitor(every_n_steps=every)] if every else []))
+
+
+def beside(peer: str) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        return _trained(folder, PEERS[peer][1](Path(folder) / "store"))
+
+
+def _trained(folder: str, *callbacks: Callback) -> int:
+    trainee = Trainee(LanguageModel(gpt2(vocabulary=50_257)), Path(folder), *callbacks)
+    for _ in range(12):
+        trainee.step(batch_of(2))
+    trainee.stop()
     return peak()
 
 
@@ -48,4 +59,4 @@ def validate(folder: str, num_samples: str, storage: str) -> int:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print({"train": train, "validate": validate}[sys.argv[1]](*sys.argv[2:]))
+    print({"train": train, "beside": beside, "validate": validate}[sys.argv[1]](*sys.argv[2:]))

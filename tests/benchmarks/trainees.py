@@ -18,12 +18,14 @@ class Trainee(IterableDataset):
     of Lightning's loop, with every callback.
     """
 
-    def __init__(self, module: LightningModule, folder: Path, *callbacks: Callback) -> None:
+    def __init__(
+        self, module: LightningModule, folder: Path, *callbacks: Callback, accelerator: str = "cpu"
+    ) -> None:
         self._batches: queue.Queue[dict | None] = queue.Queue()
         self._asked = threading.Semaphore(0)
         self._error: BaseException | None = None
         self._trainer = Trainer(
-            max_epochs=1, check_val_every_n_epoch=2, num_sanity_val_steps=0, accelerator="cpu", logger=False,
+            max_epochs=1, check_val_every_n_epoch=2, num_sanity_val_steps=0, accelerator=accelerator, devices=1, logger=False,
             callbacks=list(callbacks), enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, default_root_dir=folder,
         )  # fmt: skip

@@ -6,7 +6,11 @@ import hashlib
 import threading
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -185,3 +189,62 @@ def test_no_thread_survives_and_what_was_captured_is_on_disk(
     assert not writing_threads()
     (run,) = (tmp_path / "cache").iterdir()
     assert len(contents(run)) == (6 if error is None else 4)
+
+
+class OnSecondCard(torch.Tensor):
+    """A tensor of the processor that says it is on the second of two graphics cards."""
+
+    is_cuda = True
+    device = torch.device("cuda", 1)
+
+
+class Streams:
+    """Stands in for ``torch.cuda``, and notes what is asked of which device."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def Stream(self, device: torch.device) -> Any:  # noqa: N802 - the name of PyTorch
+        self.calls.append(("made", device))
+        return SimpleNamespace(
+            device=device,
+            wait_event=lambda event: self.calls.append(("waits", device)),
+            synchronize=lambda: self.calls.append(("ends", device)),
+        )
+
+    def Event(self) -> Any:  # noqa: N802
+        return SimpleNamespace(record=lambda stream: self.calls.append(("recorded", stream.device)))
+
+    def current_stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(device=device)
+
+    @contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.calls.append(("enters", stream.device))
+        yield
+        self.calls.append(("leaves", stream.device))
+
+
+def test_a_step_is_copied_on_a_stream_of_the_card_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread starts on the first card: a stream made there would not wait for copies on the second."""
+    streams = Streams()
+    for name in ("Stream", "Event", "current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(streams, name))
+    writer = CacheWriter(GradientCache(tmp_path))
+    writer.store = lambda step: captured(0)  # a processor cannot pin memory
+    for number in range(2):
+        step = captured(number)
+        away = {
+            name: GradientFactors(
+                f.activation.as_subclass(OnSecondCard), f.grad_output.as_subclass(OnSecondCard), f.offsets
+            )
+            for name, f in step.factors.items()
+        }
+        writer.submit(number, [replace(step, factors=away)])
+        writer.drain()
+    writer.close()
+    each = ["recorded", "made", "waits", "enters", "leaves", "ends"]
+    assert [what for what, _ in streams.calls] == [*each, *(what for what in each if what != "made")]
+    assert {device for _, device in streams.calls} == {OnSecondCard.device}
