@@ -55,9 +55,10 @@ class HeadFreezer(StepCallback):
         stop_step: Optimiser step at which it ends; never by default.
         start_epoch: Epoch at which it starts.
         stop_epoch: Epoch at which it ends; never by default.
-        projections: Head map; by default the one that names give, or derivatives where names are wrong or unknown.
-        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that out; see
-            :class:`~qkov_lightning.InterferenceMonitor`.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or
+            unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that
+            out; see :class:`~qkov_lightning.InterferenceMonitor`.
 
     Raises:
         ValueError: If there is not exactly one source of cells, a name is no cell, or a number is out of
@@ -131,7 +132,11 @@ class HeadFreezer(StepCallback):
         self._watch_steps(trainer)
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Place the heads, choose the cells if they come from a file, and find their weights."""
+        """Place the heads, choose the cells if they come from a file, and find their weights.
+
+        Raises:
+            ValueError: If no cell of the file surely hurts.
+        """
         self._has_begun = True
         projections = place_heads(trainer, pl_module, batch, self.projections, self.verify)
         self._map = {
@@ -153,7 +158,8 @@ class HeadFreezer(StepCallback):
         """See whether this batch is in the range, and whether the monitor has a new heatmap by now.
 
         Raises:
-            ValueError: At the first batch, if no cell of the file surely hurts, or the heads cannot be placed.
+            ValueError: At the first batch, if no cell of the file surely hurts, or the heads cannot be
+                placed.
         """
         if not self._has_begun:
             self._begin(trainer, pl_module, batch)

@@ -90,10 +90,11 @@ class InterferenceMonitor(Callback):
         num_hot_cells: Cells per task pair whose strongest sample pairs are searched.
         figures: Scores to draw for every task pair after each epoch, besides the overview and ``loss_rise``
             of the five worst pairs.
-        projections: Head map; by default the one that names give, or derivatives where names are wrong or unknown.
-        verify: "first_batch" proves the head map on the first sample of the first batch, by derivatives, before the
-            first step: it stops at a head that is not where it is said to be, or goes on with the right map. Takes
-            about two forward passes of one sample. "off" leaves it out.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or
+            unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, by derivatives,
+            before the first step: it stops at a head that is not where it is said to be, or goes on with the
+            right map. Takes about two forward passes of one sample. "off" leaves it out.
         probe: Samples to measure at the current weights, instead of those that training happens to see:
             a DataLoader, or the name of the data module's method that returns one. See
             ``probe_interference``.

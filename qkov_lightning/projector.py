@@ -63,9 +63,10 @@ class HeadProjector(StepCallback):
         rest: "leave" protects attention heads alone. "tensors" protects all other weights that train, too:
             linear modules by the directions of their inputs; of embeddings, the rows that the tasks use are
             held; everything else (gains and biases, positions) is held as a whole.
-        projections: Head map; by default the one that names give, or derivatives where names are wrong or unknown.
-        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that out; see
-            :class:`~qkov_lightning.InterferenceMonitor`.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or
+            unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that
+            out; see :class:`~qkov_lightning.InterferenceMonitor`.
 
     Raises:
         ValueError: If an argument is out of range, or a name is no cell; at the start of training, if the
@@ -188,8 +189,8 @@ class HeadProjector(StepCallback):
         """Note the weights before a batch whose steps the user takes, some of which may have no hooks.
 
         Raises:
-            ValueError: At the first batch, if the heads cannot be placed, no cell surely hurts, or what is protected is
-                of another model.
+            ValueError: At the first batch, if the heads cannot be placed, no cell surely hurts, or what is
+                protected is of another model.
         """
         if not self._has_begun:
             self._begin(trainer, pl_module, batch)

@@ -37,8 +37,8 @@ def place_heads(
 ) -> list[Projection]:
     """The head map of a training.
 
-    Costs one forward pass of one sample, in evaluation mode, and about as much again for the derivatives. Nothing of
-    the run is touched.
+    Costs one forward pass of one sample, in evaluation mode, and about as much again for the derivatives.
+    Nothing of the run is touched.
 
     Args:
         trainer: Runs the training.

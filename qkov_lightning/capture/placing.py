@@ -30,7 +30,7 @@ def widened(
 
 
 def side_by_side(one: LinearMap, by_part: Mapping[str, list[Delivery]]) -> list[Delivery]:
-    """The deliveries of a map; those of several parts side by side, and added up where they have the same input."""
+    """The deliveries of a map; those of its parts side by side, added up where they have the same input."""
     deliveries: list[Delivery] = []
     for part in one.parts:
         own = by_part.get(part.name, [])

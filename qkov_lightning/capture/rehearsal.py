@@ -55,19 +55,19 @@ def forward_pass(model: LightningModule, batch: Any) -> None:
     stand_ins = {"manual_backward": _stop, "optimizers": _NoOptimizer, "lr_schedulers": _NoOptimizer}
     vars(model).update(stand_ins)
     try:
-        with _NoBackward(), contextlib.suppress(_StopForward):
+        with _NoBackward(), contextlib.suppress(_ForwardOverError):
             model.training_step(*([batch, 0] if takes_index else [batch]))
     finally:
         for name in stand_ins:
             vars(model).pop(name, None)
 
 
-class _StopForward(Exception):
+class _ForwardOverError(Exception):
     """The forward pass is over."""
 
 
 def _stop(*_: object, **__: object) -> None:
-    raise _StopForward
+    raise _ForwardOverError
 
 
 class _NoOptimizer:
@@ -100,7 +100,7 @@ class _NoBackward(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.backward:
-            raise _StopForward
+            raise _ForwardOverError
         return func(*args, **(kwargs or {}))
 
 

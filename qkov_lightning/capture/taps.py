@@ -309,7 +309,7 @@ class GradientCapture:
         return self._versions.setdefault((call.module_name, known), versions) != versions
 
     def _watch_inside(self, container: str, names: Sequence[str]) -> list[Any]:
-        """Hooks that show the products inside a module that uses weights without calling a module for them."""
+        """Hooks that show the products inside a module that calls no module for them."""
         owner = self._model.get_submodule(container)
         start = len(container) + 1 if container else 0
         absolute = {name[start:]: name for name in names}

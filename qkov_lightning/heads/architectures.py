@@ -66,7 +66,7 @@ def register_architecture(class_name: str, recogniser: Recogniser) -> None:
 
 
 def named_projections(model: nn.Module) -> list[Projection]:
-    """The Q, K, V and O projections of every attention layer, placed by names, in the order of the model's modules.
+    """The Q, K, V and O projections of every attention layer, placed by names, in the order of the modules.
 
     Args:
         model: Any module with attention layers inside.

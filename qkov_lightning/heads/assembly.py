@@ -1,4 +1,4 @@
-"""From what moves each head of one attention to its projections: Q, K, V and O with the features of each head."""
+"""From what moves each head of one attention to its projections, Q, K, V and O."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class Parts:
         outputs: Features of the output projection that carry each head; none without one.
         origins: Identities of the inputs of all maps before that of each feature.
         near: Names of maps around it, for messages.
-        computed: For scores and values of each softmax, at how many tokens features act whose weights are computed.
+        computed: For scores and values of each softmax, at how many tokens features act whose weights are
+            computed.
         context: Identities of the leaves that the context was computed from.
+        queries_are_keys: Whether one map makes both.
         leaks: Whether its result goes elsewhere, too.
         is_shared: Whether several linear maps take the context itself.
     """
@@ -37,6 +39,7 @@ class Parts:
     origins: Mapping[Feature, frozenset[tuple[int, ...]]] = field(default_factory=dict)
     computed: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = ()
     context: frozenset[int] = frozenset()
+    queries_are_keys: bool = False
     leaks: bool = False
     is_shared: bool = False
 
@@ -154,7 +157,11 @@ def label_of(names: Sequence[str]) -> str:
 
 
 def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
-    """Features that act on the scores as queries, and as keys; and whether they are the same."""
+    """Features that act on the scores as queries, and as keys; and whether they are the same.
+
+    Raises:
+        NoHeadsError: If it cannot be told.
+    """
     least: dict[Feature, int] = {}
     most: dict[Feature, int] = {}
     for head in parts.heads:
@@ -170,6 +177,8 @@ def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
     one = {f for f in most if least[f] <= fewest}
     several = {f for f in most if most[f] > fewest}
     only_one, only_several, both = one - several, several - one, one & several
+    if parts.queries_are_keys and not only_one:  # without a mask a token sees itself among all others
+        both, only_several = both | only_several, set()
     is_shared = bool(both) and not only_one and not only_several
     queries, keys = set(only_one), set(only_several)
     if is_shared or (both and not only_one):
@@ -211,6 +220,11 @@ def _projection(
     axes: Mapping[str, tuple[int, ...]],
     also: tuple[Block, ...],
 ) -> Projection:
+    """One projection, from the features of each query head.
+
+    Raises:
+        NoHeadsError: If heads share what should be their own, or cannot be a row of a heatmap.
+    """
     distinct = list(dict.fromkeys(sets))
     if len(_union(distinct)) != sum(map(len, distinct)):
         raise NoHeadsError(

@@ -1,8 +1,9 @@
 """Heads found from one forward pass: no name, no config, only what moves what.
 
-The graph is cut at the output of every linear map and at every softmax. Which outputs of which map move the scores of
-which head, at how many tokens, says what is a query and what is a key; what the softmax weighs are the values; the
-linear map that its result goes into is the output projection. What is read off is then proven as any other head map.
+The graph is cut at the output of every linear map and at every softmax. Which outputs of which map move the
+scores of which head, at how many tokens, says what is a query and what is a key; what the softmax weighs are
+the values; the linear map that its result goes into is the output projection. What is read off is then proven
+as any other head map.
 """
 
 from __future__ import annotations
@@ -305,6 +306,7 @@ class _Discoverer(SoftmaxWatcher):
             self._origins(),
             [slots.computed for _, slots in seen],
             context_leaves,
+            all(slots.queries_are_keys for _, slots in seen),
         )
         if context_leaves and context_leaves <= {id(softmax.probabilities) for softmax, _ in seen}:
             return _Found(parts, "what its softmax gives is changed by a weight before it meets values")

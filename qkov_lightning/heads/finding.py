@@ -20,22 +20,22 @@ def find_projections(
 ) -> list[Projection]:
     """The Q, K, V and O projections of every attention layer, in the order of the model's modules.
 
-    Without a batch, layers are placed by the names of their modules. With one, by one forward pass: no name and no
-    config is read, only which features of which linear map move which head, and every head is proven. A weight need
-    not be a module's: products with a parameter are found, too.
+    Without a batch, layers are placed by the names of their modules. With one, by one forward pass: no name
+    and no config is read, only which features of which linear map move which head, and every head is proven.
+    A weight need not be a module's: products with a parameter are found, too.
 
     Args:
         model: Any module with attention layers inside; left as found.
-        batch: One or a few samples of at least two tokens: a mapping is passed by keyword (without the entries for
-            the monitor), a tuple or list by position, anything else as the one argument.
+        batch: One or a few samples of at least two tokens: a mapping is passed by keyword (without the
+            entries for the monitor), a tuple or list by position, anything else as the one argument.
         forward: Runs the model on the batch, if calling it is not enough.
 
     Returns:
         Projections, layer by layer.
 
     Raises:
-        ArchitectureError: If there is no attention, or an attention layer cannot be placed with certainty. The
-            message says what was seen and what to write.
+        ArchitectureError: If there is no attention, or an attention layer cannot be placed with certainty.
+            The message says what was seen and what to write.
     """
     if batch is None:
         return named_projections(model)

@@ -24,8 +24,8 @@ class MapPart:
         parameters: What it computes with.
         num_inputs: Input features.
         num_outputs: Output features.
-        container: Path of the module whose forward pass uses it without calling a module; None where a module of
-            its own is called.
+        container: Path of the module whose forward pass uses it without calling a module; None where a module
+            of its own is called.
         input_axes: Of a parameter: its axes that are input features.
     """
 
@@ -126,7 +126,7 @@ def is_map(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter trainable, gradients on, random numbers of its own; all restored afterwards."""
+    """Evaluation mode, nothing trainable, eager, with random numbers of its own; all restored afterwards."""
     training = [module for module in model.modules() if module.training]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     held = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]

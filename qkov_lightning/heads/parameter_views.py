@@ -1,7 +1,7 @@
 """Which elements of which parameter a tensor holds, followed through everything that only moves them.
 
-Attention code that holds its weights as parameters cuts, transposes and joins them before it multiplies with them.
-Each of these steps is done a second time on a tensor of element numbers.
+Attention code that holds its weights as parameters cuts, transposes and joins them before it multiplies with
+them. Each of these steps is done a second time on a tensor of element numbers.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ class ParameterViews:
     def _note_computed(self, tensors: Sequence[Tensor], output: object) -> None:
         """Note what was made of nothing but parameters, buffers, numbers and indices."""
         for value in output if isinstance(output, tuple | list) else (output,):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1:
-                if all(self._is_weight_like(one) for one in tensors):
-                    self._computed[id(value)] = value
+            is_matrix = isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+            if is_matrix and all(self._is_weight_like(one) for one in tensors):
+                self._computed[id(value)] = value
 
     def _is_weight_like(self, tensor: Tensor) -> bool:
         return (

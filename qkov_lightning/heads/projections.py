@@ -14,7 +14,7 @@ Block = Literal["Q", "K", "V", "O"]
 """Query, key, value or output projection of an attention layer."""
 
 JOINED = " + "
-"""Between the names of linear maps that together are one projection, as where each head has a module of its own."""
+"""Between the names of linear maps that together are one projection, as of a module for each head."""
 
 BLOCKS: tuple[Block, ...] = ("Q", "K", "V", "O")
 

@@ -38,8 +38,8 @@ def prove_projections(
     Args:
         model: Left as found.
         run: Runs it on a sample.
-        projections: The map to prove; by default that of the names, and where it is wrong or there is none, the one
-            that derivatives find.
+        projections: The map to prove; by default that of the names, and where it is wrong or there is none,
+            the one that derivatives find.
 
     Returns:
         The map. A layer that did not run, or not in view, is still "by name", and says why.
@@ -100,7 +100,7 @@ def _labelled(projections: Sequence[Projection], verification: Verification) -> 
 
 @contextlib.contextmanager
 def visible_attention(model: nn.Module) -> Iterator[bool]:
-    """Models of transformers whose kernels hide their softmax run without them; says whether there are any."""
+    """Models of transformers run without kernels that hide their softmax; says whether there are any."""
     hidden: list[tuple[object, str]] = []
     for module in model.modules():
         config = getattr(module, "config", None)

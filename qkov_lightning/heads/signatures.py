@@ -1,7 +1,7 @@
 """Which features move something, from derivatives, whatever a normalisation carries to the others.
 
-A normalisation over all features adds to the derivative of every feature i a multiple of its value, and a constant:
--c y_i - d, with one c and d for each token. Features that have nothing but that do not move it.
+A normalisation over all features adds to the derivative of every feature i a multiple of its value, and a
+constant: -c y_i - d, with one c and d for each token. Features that have nothing but that do not move it.
 """
 
 from __future__ import annotations

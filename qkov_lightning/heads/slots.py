@@ -1,4 +1,4 @@
-"""The heads of one softmax, read off from derivatives: where they lie in its shape, and which features are theirs."""
+"""The heads of one softmax, read off from derivatives: their places in it, and their features."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Head:
     Attributes:
         softmax: The softmax that it is in.
         slots: Its places in it.
-        scores: Features that move its scores, with the least and the largest number of tokens of each that one query
-            token sees.
+        scores: Features that move its scores, with the least and the largest number of tokens of each that
+            one query token sees.
         values: Features that move what it weighs, likewise.
     """
 
@@ -93,12 +93,15 @@ class Slots:
     Attributes:
         axes: Those axes.
         heads: The heads, in the order of the first place of each.
-        computed: For scores and values, at how many tokens features act whose weights are computed from others.
+        queries_are_keys: Whether one map makes both.
+        computed: For scores and values, at how many tokens features act whose weights are computed from
+            others.
     """
 
     axes: tuple[int, ...]
     heads: tuple[Head, ...]
     computed: tuple[tuple[int, ...], tuple[int, ...]]
+    queries_are_keys: bool = False
 
     def headed(self, tensor: Float[Tensor, "*place key"]) -> Float[Tensor, "1 head query key"]:
         """A tensor of the shape of the scores, with all but heads and keys in one axis."""
@@ -120,11 +123,12 @@ def find_heads(
         softmax: The softmax.
         values: What its output weighs, in the shape of the scores, if there is anything.
         leaf_of: What is known of the leaves of the graph.
-        inner: Whether products count whose input comes from other products of the same scores. Tables of relative
-            positions are such, and so are the two stages of latent attention.
+        inner: Whether products count whose input comes from other products of the same scores. Tables of
+            relative positions are such, and so are the two stages of latent attention.
 
     Raises:
-        NoHeadsError: If it is no attention over tokens, or its heads cannot be told apart.
+        NoAttentionError: If it is no attention over tokens.
+        NoHeadsError: If its heads cannot be told apart.
     """
     tensors = [softmax.scores, *([] if values is None or not values.requires_grad else [values])]
     positions = _positions(softmax.scores)
@@ -158,7 +162,9 @@ def find_heads(
         normalised = True
         axes = _axes_of_heads(operands, softmax.scores.shape, normalised)
     heads = _grouped(number, operands, axes, softmax.scores, positions)
-    return Slots(axes, heads, (computed[0], computed[1]))
+    sees_several = all(least > 1 for head in heads for least, _ in head.scores.values())
+    are_keys = sees_several and _queries_are_keys(operands[0], positions[0], softmax.scores)
+    return Slots(axes, heads, (computed[0], computed[1]), are_keys)
 
 
 class _Operand:
@@ -199,7 +205,7 @@ class _Operand:
     def tokens(
         self, positions: Sequence[Mapping[int, int]], ndim: int, slot: Mapping[int, int]
     ) -> dict[Feature, tuple[int, int]]:
-        """The least and the largest number of tokens at which each feature acts, for a query token at a time."""
+        """The least and the largest number of tokens at which each feature acts on one query token."""
         least: dict[Feature, int] = {}
         most: dict[Feature, int] = {}
         for position in positions:
@@ -318,10 +324,33 @@ def _grouped(
     return tuple(heads.values())
 
 
+def _queries_are_keys(operand: _Operand, position: Mapping[int, int], scores: Tensor) -> bool:
+    """Whether a score is a product of a map's output at one token with its output at another."""
+    where = tuple(position[axis] for axis in range(scores.ndim - 1))
+    for key in range(min(scores.shape[-1], NUM_POSITIONS)):
+        for leaf in operand.leaves:
+            (slope,) = torch.autograd.grad(
+                scores[(*where, key)], leaf.tensor, create_graph=True, allow_unused=True
+            )
+            if slope is None or not slope.requires_grad:
+                continue
+            rows = slope.reshape(leaf.values.shape)
+            for row in (rows != 0).any(dim=1).nonzero().flatten()[:2].tolist():
+                (curved,) = torch.autograd.grad(
+                    rows[row].sum(), leaf.tensor, retain_graph=True, allow_unused=True
+                )
+                if curved is not None:
+                    acts = (curved.reshape(rows.shape) != 0).any(dim=1)
+                    acts[row] = False
+                    if bool(acts.any()):
+                        return True
+    return False
+
+
 def _check_whole(
     operand: _Operand, sets: Sequence[Tensor], position: Mapping[int, int], scores: Tensor
 ) -> None:
-    """Refuse features that are places: one query token and one key meet in all features of a head, or in none.
+    """Refuse features that are places: one query and one key meet in all features of a head, or none.
 
     Raises:
         NoHeadsError: If they meet in some only.
@@ -329,7 +358,7 @@ def _check_whole(
     where = tuple(position[axis] for axis in range(scores.ndim - 1))
     sizes = scores[where].detach().abs()
     key = int(torch.where(sizes < MASKED, sizes, -1.0).argmax())
-    for leaf, columns, gradient in zip(operand.leaves, sets, operand.gradients((*where, key)), strict=True):
+    for columns, gradient in zip(sets, operand.gradients((*where, key)), strict=True):
         touched = (gradient != 0).any(dim=0).cpu() & columns
         if bool(touched.any()) and not bool((touched == columns).all()):
             raise NoHeadsError("features of one of its maps are places, or some are zero on this sample")

@@ -1,6 +1,7 @@
 """Sight of every softmax of a model while it runs, and of what its output weighs.
 
-Its output becomes a leaf of the autograd graph, so that what comes before it and what comes after it are apart.
+Its output becomes a leaf of the autograd graph, so that what comes before it and what comes after it are
+apart.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sight of every linear map of a model while it runs, whether a module is called for it or not.
 
-A linear map is a module (``nn.Linear`` and what wraps it, a convolution of size 1), or a product of an input with
-a parameter: ``functional.linear``, ``matmul``, ``einsum``, and what ``torch.nn.MultiheadAttention`` does inside.
+A linear map is a module (``nn.Linear`` and what wraps it, a convolution of size 1), or a product of an input
+with a parameter: ``functional.linear``, ``matmul``, ``einsum``, and what ``torch.nn.MultiheadAttention`` does
+inside.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Piece:
         name: The module, or the parameter.
         columns: Output features of the product that belong to it.
         shape: Sizes of the parameter's axes; of a module, those of its outputs and inputs.
-        outputs: Index of each column's weights in the parameter, -1 along the axes that differ within a column.
+        outputs: Index of each column's weights in the parameter, -1 along the axes that differ within a
+            column.
         inputs: The same of each input feature.
     """
 
@@ -95,7 +97,7 @@ class Product:
 
 
 OnProducts = Callable[[Sequence[Product]], Sequence[Tensor | None]]
-"""Called for the products of one call, as a rule a single one; gives the outputs to go on with, or None to leave it."""
+"""Called for the products of one call; gives the outputs to go on with, or None to leave one."""
 
 
 def whole_module(name: str, activation: Tensor, output: Tensor) -> Product:
@@ -195,7 +197,7 @@ class MapWatcher(TorchFunctionMode):
         )
 
     def _mixed(self, output: Any, args: Any) -> Any:  # noqa: ARG002
-        """What becomes of the result of a function that may mix features with a weight, and is no product."""
+        """What becomes of the result of a function that may mix features, and is no product."""
         return output
 
     def __exit__(self, *error: Any) -> None:
@@ -232,7 +234,7 @@ class MapWatcher(TorchFunctionMode):
     def _computed(
         self, func: Callable[..., Any], args: Any, kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor:
-        """A product with a weight that is computed from parameters: it has features, but they are nobody's."""
+        """A product with a weight that is computed from parameters: its features are nobody's."""
         self._views.follow(func, args, kwargs, output)
         read = read_product(func, args, kwargs, self._views.is_computed)
         if read is None or not read[2].is_linear_map or output.ndim != len(read[2].output):
@@ -260,7 +262,7 @@ class MapWatcher(TorchFunctionMode):
         return form.restored(joined, output).contiguous()
 
     def _sample_first(self, tensor: Tensor) -> Tensor:
-        """PyTorch's attention works time first, and flattens time and samples before its output projection."""
+        """PyTorch's attention works time first, and flattens time and samples before its output."""
         if not self._num_samples:
             return tensor
         return tensor.reshape(-1, self._num_samples[-1], tensor.shape[-1]).transpose(0, 1)
@@ -269,7 +271,7 @@ class MapWatcher(TorchFunctionMode):
         return tensor.transpose(0, 1).reshape(like.shape) if self._num_samples else tensor
 
     def _pieces(self, elements: Int[Tensor, "input output"]) -> Iterator[Piece]:
-        """The parameters that the columns of a weight are of, without columns that are of none or of several."""
+        """The parameters that columns of a weight are of, without columns of none or of several."""
         known = (elements >= 0).all(dim=0).tolist()
         owners = [
             self._views.owner(int(e)) if is_known else -1
@@ -296,7 +298,7 @@ def _index(elements: Int[Tensor, element], shape: Sequence[int]) -> Int[Tensor, 
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
-    """Names of the maps inside PyTorch's attention: that of the module for its packed and its output weight."""
+    """Names of the maps inside PyTorch's attention: the module's for its packed and its output weight."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.MultiheadAttention):

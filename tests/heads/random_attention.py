@@ -1,4 +1,4 @@
-"""Attention modules drawn at random, in every style that people write them in, with the heads that they have."""
+"""Attention modules drawn at random, in the styles that people write them in, with their heads."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class Maps(nn.Module):
         self.blocks = [b for b in d.order if not (b == "V" and d.shared)]
         self.truth: dict[str, list[list[tuple[str, int]]]] = {}
         self.picks: dict[str, tuple[str, Tensor]] = {}
-        groups = {"separate": [[b] for b in self.blocks], "qkv": [self.blocks], "kv": [["Q"], ["K", "V"]]}[d.fusion]
+        groups = {"separate": [[b] for b in self.blocks], "qkv": [self.blocks], "kv": [["Q"], ["K", "V"]]}[
+            d.fusion
+        ]
         for number, group in enumerate(groups):
             self._make(f"m{number}", group, prefix)
         if d.shared:
@@ -93,11 +95,14 @@ class Maps(nn.Module):
         d = self.design
         if d.style == "modules":
             (block,) = group
-            many = nn.ModuleList(nn.Linear(d.width, self.sizes[block], bias=d.bias) for _ in range(self.counts[block]))
+            many = nn.ModuleList(
+                nn.Linear(d.width, self.sizes[block], bias=d.bias) for _ in range(self.counts[block])
+            )
             setattr(self, name, many)
             self.picks[block] = (name, torch.empty(0))
             self.truth[block] = [
-                [(f"{prefix}{name}.{h}", i) for i in range(self.sizes[block])] for h in range(self.counts[block])
+                [(f"{prefix}{name}.{h}", i) for i in range(self.sizes[block])]
+                for h in range(self.counts[block])
             ]
             return
         if d.style == "einsum":
@@ -115,7 +120,9 @@ class Maps(nn.Module):
             share = d.heads // d.kv_heads
             for kv in range(d.kv_heads):
                 for block in group:
-                    pieces += [(block, kv * share + i) for i in range(share)] if block == "Q" else [(block, kv)]
+                    pieces += (
+                        [(block, kv * share + i) for i in range(share)] if block == "Q" else [(block, kv)]
+                    )
         elif d.interleaving == "by_head" and len({self.counts[b] for b in group}) == 1:
             pieces = [(block, h) for h in range(self.counts[group[0]]) for block in group]
         else:
@@ -185,7 +192,9 @@ class RandomAttention(nn.Module):
         self.head_norms = nn.ModuleList(nn.LayerNorm(d.size) for _ in "QK") if d.norm == "head" else None
         sizes = (d.heads * d.size, d.kv_heads * d.size)
         self.all_norms = nn.ModuleList(nn.RMSNorm(size) for size in sizes) if d.norm == "all" else None
-        features = [[(f"{prefix}out", h * d.value_size + i) for i in range(d.value_size)] for h in range(d.heads)]
+        features = [
+            [(f"{prefix}out", h * d.value_size + i) for i in range(d.value_size)] for h in range(d.heads)
+        ]
         self.truth = {**self.maps.truth, "O": features}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -196,7 +205,9 @@ class RandomAttention(nn.Module):
             q, k = self.head_norms[0](q), self.head_norms[1](k)
         if self.all_norms is not None:
             q, k = (
-                norm(t.transpose(1, 2).flatten(2)).view(t.shape[0], t.shape[2], t.shape[1], -1).transpose(1, 2)
+                norm(t.transpose(1, 2).flatten(2))
+                .view(t.shape[0], t.shape[2], t.shape[1], -1)
+                .transpose(1, 2)
                 for norm, t in zip(self.all_norms, (q, k), strict=True)
             )
         if d.rotary:
@@ -222,7 +233,11 @@ class RandomAttention(nn.Module):
             if d.flat:
                 z = z.unflatten(0, (-1, d.heads))
         if d.style == "einsum":
-            z = z if self.gate is None else z * self.gate(x).sigmoid().unflatten(-1, (d.heads, -1)).transpose(1, 2)
+            z = (
+                z
+                if self.gate is None
+                else z * self.gate(x).sigmoid().unflatten(-1, (d.heads, -1)).transpose(1, 2)
+            )
             return torch.einsum("bhte,hed->btd", z, self.out)
         z = z.transpose(1, 2).flatten(2)
         if self.gate is not None:
