@@ -99,7 +99,8 @@ def _modules(projections: Sequence[Projection]) -> dict[str, list[Projection]]:
     return modules
 
 
-def _sizes(model: nn.Module, name: str) -> tuple[int, int]:
+def module_sizes(model: nn.Module, name: str) -> tuple[int, int]:
+    """Input and output features of the module of a projection."""
     module = model.get_submodule(name)
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim, 3 * module.embed_dim
@@ -110,7 +111,7 @@ def covered_parameters(model: nn.Module, projections: Sequence[Projection]) -> i
     """Weights (of adapters: effective weights) that some head owns."""
     total = 0
     for name, owners in _modules(projections).items():
-        inputs, outputs = _sizes(model, name)
+        inputs, outputs = module_sizes(model, name)
         for owner in {owner.block: owner for owner in owners}.values():
             total += owner.head_features.numel() * (outputs if owner.block == "O" else inputs)
     return total
@@ -144,7 +145,7 @@ def cache_bytes_per_sample(
     width = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     total = 0
     for names in groups.values():
-        sizes = [_sizes(model, name) for name in names]
+        sizes = [module_sizes(model, name) for name in names]
         inputs = sum({one for one, _ in sizes})
         factors = num_tokens * (inputs + sum(outputs for _, outputs in sizes)) * width
         total += min(factors, sum(one * outputs for one, outputs in sizes) * max(width, 4))
