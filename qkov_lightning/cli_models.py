@@ -15,7 +15,14 @@ from qkov_lightning.capture.capture_check import verify_capture
 from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.heads.inspection import describe, load_model, random_batch
 from qkov_lightning.heads.verification import verify_projections
-from qkov_lightning.measure.probe import Probe, find_probe, load_weights, probe_interference
+from qkov_lightning.measure.passes import Probe
+from qkov_lightning.measure.probe import (
+    MAX_MEMORY_GB,
+    ReplicateChoice,
+    find_probe,
+    load_weights,
+    probe_interference,
+)
 from qkov_lightning.measure.subspace import Rest, measure_subspace
 from qkov_lightning.views.screen import epoch_lines
 
@@ -50,6 +57,8 @@ def probe(
     loss_reduction: ReductionChoice = "auto",
     task_of: str = "task",
     output: Path = Path("interference-probe.json"),
+    max_memory_gb: float = MAX_MEMORY_GB,
+    replicates: ReplicateChoice = "auto",
 ) -> None:
     """Measure the interference of fixed samples at the weights of a checkpoint.
 
@@ -64,6 +73,9 @@ def probe(
             the loss.
         task_of: Batch key that gives the task of each sample.
         output: File to write.
+        max_memory_gb: Memory for the sums, in GiB; with less than all layers need, the samples are passed over
+            several times.
+        replicates: How samples are left out for the standard errors: exact, linear (less memory), or auto.
     """
     loaded, batches, (step, epoch) = _load(model, data, checkpoint, hook)
     heatmap = probe_interference(
@@ -72,6 +84,8 @@ def probe(
         loss=loss,
         loss_reduction=loss_reduction,
         task_of=task_of,
+        max_memory_gb=max_memory_gb,
+        replicates=replicates,
     )
     heatmap = replace(heatmap, step=step, epoch=epoch)
     heatmap.save(output)

@@ -173,8 +173,8 @@ class GradientCapture:
     def edges(self) -> list[torch.autograd.graph.GradientEdge]:
         """What to ask ``torch.autograd.grad`` for where nothing but the step itself is wanted.
 
-        The outputs of the watched modules: their gradients pass the taps, the backward pass ends at the lowest
-        of them, and no weight gets a gradient.
+        The outputs of the watched modules: their gradients pass the taps, the backward pass ends at the
+        lowest of them, and no weight gets a gradient.
         """
         return list(self._edges)
 

@@ -1,7 +1,7 @@
 """Pass after pass over the same samples of a probe, each with the gradients of some projections.
 
-Every pass begins with the same random numbers and leaves the model as it was, so that it sees the same batches
-and the same gradients as the one before. A batch that comes out otherwise is refused.
+Every pass begins with the same random numbers and leaves the model as it was, so that it sees the same
+batches and the same gradients as the one before. A batch that comes out otherwise is refused.
 """
 
 from __future__ import annotations
@@ -102,7 +102,11 @@ class ProbePasses:
         self.device = next(model.parameters()).device
 
     def look(self) -> ProbeSamples | None:
-        """Who the samples are, without a forward pass; None where only a forward pass can tell."""
+        """Who the samples are, without a forward pass; None where only a forward pass can tell.
+
+        Raises:
+            ValueError: If there are none, or one repeats.
+        """
         steps: list[tuple[Samples, ...]] | None = []
         numbering: Counter[str] = Counter()
         seen: Counter[tuple[str, str]] = Counter()
@@ -196,11 +200,11 @@ class ProbePasses:
             for index, batch in enumerate(_batches(self._probe)):
                 _fingerprint(batch, fingerprint.update)
                 if self._contents[index : index + 1] != [fingerprint.digest()]:
-                    raise _other_batches(f"Batch {index} is another one")
+                    raise ValueError(_other(f"Batch {index} is another one"))
                 take(index, self._step(capture, index, batch))
                 count += 1
         if count < len(self._contents):
-            raise _other_batches(f"{count} of its {len(self._contents)} batches come")
+            raise ValueError(_other(f"{count} of its {len(self._contents)} batches come"))
 
     def _step(self, capture: GradientCapture, index: int, batch: Any) -> list[CapturedStep]:
         batch = to_device(self._model, batch, self.device)
@@ -230,8 +234,8 @@ class ProbePasses:
             return None
 
 
-def _other_batches(what: str) -> ValueError:
-    return ValueError(
+def _other(what: str) -> str:
+    return (
         f"{what} when the probe is read again, expected the same samples each time: give a DataLoader whose dataset "
         "draws nothing at random, or a list of batches."
     )

@@ -1,7 +1,7 @@
 r"""How the curvature along a task's update moves with each sample of that task.
 
 The mean curvature of A along the direction of B is :math:`\operatorname{mean}_i T_i r_{i1} r_{i2}` with the
-responses r to the directions of B's two halves. A sample j of B moves the direction of its half d, and with it
+responses r to the directions of B's two halves. A sample j of B moves the direction d of its half, and so
 the curvature by :math:`\langle y, \partial d / \partial j \rangle`, where :math:`y = \operatorname{mean}_i
 T_i r_i g_i` holds the responses to the other half: a sum over all samples of A, which must be complete before
 the first product with it.
@@ -80,7 +80,9 @@ def curvature_influence(
             here = weighted[at]
         else:
             here = weighted_gradients(samples, gradient, weighted[..., heads], reference)
-        for rows, part in _influence(samples, reference, moves, here, gradient, square, slice_square[:, heads]):
+        for rows, part in _influence(
+            samples, reference, moves, here, gradient, square, slice_square[:, heads]
+        ):
             curvature[rows, :, heads] += part
     return curvature
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from qkov_lightning.scores.spans import SamplesByTask, inner
 from qkov_lightning.scores.sums import Reference
 
-
 Wholes = tuple[Float[Tensor, "task_a task_b head"], Float[Tensor, "task head"]]
 """Sums over pairs of samples, and over pairs of a sample with itself."""
 
@@ -30,7 +29,9 @@ def whole_sums(reference: Reference) -> Wholes:
         raise ValueError("The sums have no cubes, which pairs of a sample with itself are made of.")
     pairs = [
         [
-            torch.stack([(a[head] * b[head] * one).double().sum() for head, one in enumerate(reference.inverse)])
+            torch.stack([
+                (a[head] * b[head] * one).double().sum() for head, one in enumerate(reference.inverse)
+            ])
             for b in sums.absolute
         ]
         for a in sums.square

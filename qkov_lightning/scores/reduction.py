@@ -1,12 +1,13 @@
 r"""From the per-sample gradients of one slice to sums over its weights: all that the scores are made of.
 
-``slice_statistics`` reads all samples at some weights, block after block. ``SliceReduction`` takes some samples
-at all weights. The sums and products are the same.
+``slice_statistics`` reads all samples at some weights, block after block. ``SliceReduction`` takes some
+samples at all weights. The sums and products are the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -109,17 +110,45 @@ def _mean_over_replicates(
     return mean.repeat_interleave(num_replicates, dim=-1)
 
 
+@dataclass(frozen=True, eq=False)
+class Deal:
+    """How all samples of a measurement are dealt out.
+
+    Attributes:
+        task_indices: Task of each sample, counted from 0; -1 leaves a sample out.
+        halves: Half of its task that each sample is in.
+        groups: Group of each sample, counted from 0.
+        num_terms: Terms that each sample's own loss is the mean of.
+        num_tasks: Number of tasks.
+    """
+
+    task_indices: Int[Tensor, sample]
+    halves: Int[Tensor, sample]
+    groups: Int[Tensor, sample]
+    num_terms: Float[Tensor, sample]
+    num_tasks: int
+
+    @classmethod
+    def of(
+        cls,
+        task_indices: Int[Tensor, sample],
+        groups: Int[Tensor, sample],
+        num_terms: Float[Tensor, sample],
+        num_tasks: int,
+    ) -> Deal:
+        """With the groups of each task dealt out to its halves in turn."""
+        return cls(task_indices, halves_of(task_indices, groups), groups, num_terms, num_tasks)
+
+
 class SliceReduction:
     """Reduces the gradients of some heads, a few samples at a time: nothing is kept of a sample but numbers.
 
     The same samples come again and again: all of them to ``add``, then all to ``compare``, and, where errors
-    are wanted, all to ``derive``. The Fisher is the plain mean over the samples of each task, then over tasks.
+    are wanted, all to ``derive``. The Fisher is the plain mean over the samples of each task, then the mean
+    over the tasks.
 
     Args:
-        task_indices: Task of each sample of all, counted from 0; -1 leaves a sample out.
-        num_tasks: Number of tasks.
-        groups: Group of each sample, counted from 0.
-        num_terms: Terms that each sample's own loss is the mean of.
+        deal: How all samples are dealt out. Their number of terms may be set until they come.
         ones: 1 for each weight of the heads.
         damping: Added to the Fisher, relative to its mean over the slice.
         update: Direction in which a task updates the slice.
@@ -130,120 +159,112 @@ class SliceReduction:
 
     def __init__(
         self,
-        task_indices: Int[Tensor, sample],
-        num_tasks: int,
-        groups: Int[Tensor, sample],
-        num_terms: Float[Tensor, sample],
+        deal: Deal,
         ones: Float[Tensor, "head weight"],
         damping: float,
         update: UpdateDirection,
         step_size: float,
         with_influence: bool,
     ) -> None:
-        self._tasks, self._num_tasks, self._groups = task_indices, num_tasks, groups
-        self._halves, self._num_terms = halves_of(task_indices, groups), num_terms
+        self._deal = deal
         self._damping, self._update, self._step_size = damping, update, step_size
         self._with_influence = with_influence
-        self._with_left_out = with_influence and num_tasks <= MAX_TASKS_IN_FISHER
-        self._sums: TaskSums | None = TaskSums(num_tasks, ones, self._with_left_out)
-        self._seen = torch.zeros_like(task_indices, dtype=torch.bool)
+        self._with_left_out = with_influence and deal.num_tasks <= MAX_TASKS_IN_FISHER
+        self._sums = TaskSums(deal.num_tasks, ones, self._with_left_out)
+        self._seen = torch.zeros_like(deal.task_indices, dtype=torch.bool)
         self._per_sample: dict[str, Tensor] = {}
         self._weighted: Tensor | None = None
         self._wholes: Wholes | None = None
         self._own_square: Tensor | None = None
 
-    def add(self, block: Float[Tensor, "some head weight"], first: int) -> None:
+    def add(self, block: Float[Tensor, "some head weight"], where: Int[Tensor, some]) -> None:
         """Take some samples into the sums of their tasks.
 
         Args:
             block: Their gradients.
-            first: Place of the first of them among all samples.
+            where: Their places among all samples.
         """
-        samples, places = self._of(block, first)
-        self._keep({"squared_norm": self._open_sums.add(samples)}, places)
+        samples, places = self._of(block, where)
+        self._keep({"squared_norm": self._sums.add(samples)}, places)
         self._seen[places] = True
 
-    def compare(self, block: Float[Tensor, "some head weight"], first: int) -> None:
+    def compare(self, block: Float[Tensor, "some head weight"], where: Int[Tensor, some]) -> None:
         """Take the products of some samples with the complete sums."""
-        samples, places = self._of(block, first)
+        samples, places = self._of(block, where)
         reference, slice_square = self._reference(), self._slice_square[places]
         found = inner_products(samples, reference, slice_square, self._with_influence)
         if self._with_left_out:
             if self._wholes is None:
                 self._wholes = whole_sums(reference)
-            shares = 1 / (reference.sums.task_count * (reference.sums.task_count > 0).sum())
-            own = shares[self._tasks[places]].to(block)
-            found["left_out"] = interference_left_out(samples, reference, slice_square, own, self._wholes)
+            count = reference.sums.task_count
+            shares = (1 / count / (count > 0).sum())[self._deal.task_indices[places]].to(block)
+            found["left_out"] = interference_left_out(samples, reference, slice_square, shares, self._wholes)
         if self._with_influence:
             if self._weighted is None:
-                shape = (2, self._num_tasks, self._num_tasks, *reference.inverse.shape)
+                shape = (2, self._deal.num_tasks, self._deal.num_tasks, *reference.inverse.shape)
                 self._weighted = reference.inverse.new_zeros(shape)
-            terms = self._num_terms[places][:, None, None, None]
+            terms = self._deal.num_terms[places][:, None, None, None]
             responses = (found["half_responses"] * terms).to(block)
             add_weighted_gradients(self._weighted, samples, responses, reference)
         self._keep(found, places)
 
-    def derive(self, block: Float[Tensor, "some head weight"], first: int) -> None:
+    def derive(self, block: Float[Tensor, "some head weight"], where: Int[Tensor, some]) -> None:
         """Tell what some samples move the curvature by, from the complete products."""
         if self._weighted is not None:
-            samples, places = self._of(block, first)
+            samples, places = self._of(block, where)
             reference, slice_square = self._reference(), self._slice_square[places]
             influence = curvature_influence(samples, reference, slice_square, self._weighted)
             self._keep({"curvature_influence": influence}, places)
 
     def statistics(self, dropped: Float[Tensor, "sample group"] | None = None) -> SliceStatistics:
-        """The statistics of all samples that came and belong to a task, in the order in which they came.
+        """The statistics of all samples that came and belong to a task, in the order of their places.
 
         Args:
             dropped: 1 where a replicate leaves a sample out, if replicates are wanted.
         """
-        kept = self._seen.nonzero().flatten()
+        kept = self.places
         found = {name: values[kept] for name, values in self._per_sample.items()}
         found.setdefault("curvature_influence", torch.zeros_like(found["sensitivity"]))
-        found.setdefault("left_out", None)  # type: ignore[arg-type]
-        membership = torch.nn.functional.one_hot(self._tasks[kept], self._num_tasks).T.double()
+        membership = torch.nn.functional.one_hot(self._deal.task_indices[kept], self._deal.num_tasks).T
         return SliceStatistics(
-            membership=membership,
+            membership=membership.double(),
+            left_out=found.pop("left_out", None),
             **found,
-            groups=self._groups[kept],
-            num_terms=self._num_terms[kept],
+            groups=self._deal.groups[kept],
+            num_terms=self._deal.num_terms[kept],
             step_size=self._step_size,
             dropped=None if dropped is None else dropped[kept],
         )
 
-    def release(self) -> None:
-        """Let go of everything that has the size of the weights."""
-        self._sums = self._weighted = None
-
     @property
-    def _open_sums(self) -> TaskSums:
-        if self._sums is None:
-            raise ValueError("The sums were released: no sample can come any more.")
-        return self._sums
+    def places(self) -> Int[Tensor, kept]:
+        """Places of the samples that came and belong to a task."""
+        return self._seen.nonzero().flatten()
 
     @property
     def _slice_square(self) -> Float[Tensor, "sample head"]:
-        return self._per_sample["squared_norm"] / self._open_sums.each.shape[1]
+        return self._per_sample["squared_norm"] / self._sums.each.shape[1]
 
     def _reference(self) -> Reference:
         """What samples are compared with, made of the sums for a few samples at a time and not kept."""
-        sums = self._open_sums
         if self._own_square is None:
-            member = torch.nn.functional.one_hot(self._tasks.clamp(min=0), self._num_tasks).T.double()
-            member = member * self._seen
-            self._own_square = member @ self._slice_square / sums.task_count.clamp(min=1)[:, None]
-        return Reference.of(sums, self._own_square, sums.plain_fisher(), self._damping, self._update)
+            indices = self._deal.task_indices.clamp(min=0)
+            member = torch.nn.functional.one_hot(indices, self._deal.num_tasks).T.double() * self._seen
+            self._own_square = member @ self._slice_square / self._sums.task_count.clamp(min=1)[:, None]
+        fisher = self._sums.plain_fisher()
+        return Reference.of(self._sums, self._own_square, fisher, self._damping, self._update)
 
-    def _of(self, block: Tensor, first: int) -> tuple[SamplesByTask, Int[Tensor, kept]]:
+    def _of(self, block: Tensor, where: Int[Tensor, some]) -> tuple[SamplesByTask, Int[Tensor, kept]]:
         """Some samples by task, and their places among all."""
-        some = slice(first, first + len(block))
+        deal = self._deal
         samples = SamplesByTask(
-            [block], self._tasks[some], self._num_tasks, block.shape[2], self._halves[some]
+            [block], deal.task_indices[where], deal.num_tasks, block.shape[2], deal.halves[where]
         )
-        return samples, first + samples.order
+        return samples, where[samples.order]
 
     def _keep(self, values: dict[str, Tensor], places: Int[Tensor, kept]) -> None:
         for name, value in values.items():
             if name not in self._per_sample:
-                self._per_sample[name] = value.new_zeros(len(self._tasks), *value.shape[1:])
+                shape = (len(self._deal.task_indices), *value.shape[1:])
+                self._per_sample[name] = value.new_zeros(shape)
             self._per_sample[name][places] = value

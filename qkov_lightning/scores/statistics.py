@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +29,10 @@ class Estimate:
     value: Float[Tensor, "task_a task_b head"]
     variance: Float[Tensor, "task_a task_b head"]
     replicates: Float[Tensor, "group task_a task_b head"] | None = None
+
+
+WITHOUT_HEADS = frozenset({"membership", "groups", "num_terms", "step_size", "dropped"})
+"""What the statistics say of the samples, the same at every head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +85,17 @@ class SliceStatistics:
     num_terms: Float[Tensor, sample]
     step_size: float
     dropped: Float[Tensor, "sample group"] | None = None
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[SliceStatistics]) -> SliceStatistics:
+        """Those of the same samples at several slices, as if these were heads of one."""
+        first = parts[0]
+        per_head: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts], dim=-1)
+            for name, value in vars(first).items()
+            if name not in WITHOUT_HEADS and value is not None
+        }
+        return replace(first, **per_head)
 
     @property
     def curvature(self) -> Float[Tensor, "sample task head"]:
