@@ -105,26 +105,27 @@ def probe(arguments: argparse.Namespace) -> None:
     loader = DataLoader(windows, arguments.batch_size)
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
 
-    began = time.perf_counter()
-    for index, batch in enumerate(loader):
-        if index == 1 or len(loader) == 1:  # the first is slower
-            began = time.perf_counter()
+    model.training_step(next(iter(loader)), 0).backward()  # the first pass is slower
+    model.zero_grad()
+    began = time.perf_counter(), time.process_time()
+    for batch in loader:
         model.training_step(batch, 0).backward()
         model.zero_grad()
-    passes = (time.perf_counter() - began) * len(loader) / max(1, len(loader) - 1)
-    print(f"forward and backward over {len(windows)} x {arguments.tokens} tokens: {passes:.1f} s", flush=True)
+    passes = time.perf_counter() - began[0], time.process_time() - began[1]
+    print(f"forward and backward over {len(windows)} x {arguments.tokens} tokens: {passes[0]:.1f} s "
+          f"({passes[1]:.1f} s of processor time)", flush=True)  # fmt: skip
 
-    began = time.perf_counter()
+    began = time.perf_counter(), time.process_time()
     heatmap = probe_interference(
         model,
         loader,
         settings=ScoreSettings(num_hot_cells=arguments.num_hot_cells),
         max_memory_gb=arguments.max_memory_gb,
     )
-    seconds = time.perf_counter() - began
+    took = time.perf_counter() - began[0], time.process_time() - began[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"streamed probe: {seconds:.1f} s, {seconds / passes:.2f} times as long; peak memory {peak:.1f} GiB; "
-          f"{heatmap.notes['replicates']} replicates, {len(heatmap.pairs)} sample pairs")  # fmt: skip
+    print(f"streamed probe: {took[0]:.1f} s ({took[1]:.1f} s of processor time), {took[0] / passes[0]:.2f} "
+          f"({took[1] / passes[1]:.2f}) times as long; peak memory {peak:.1f} GiB; {heatmap.notes['replicates']} replicates, {len(heatmap.pairs)} sample pairs")  # fmt: skip
     for a, b in heatmap.task_pairs:
         worst = heatmap.cells(a, b, "loss_rise")[0]
         print(f"{b} on {a}: loss_rise of {worst.name} {worst.value:.2e} ± {worst.standard_error:.1e}")
@@ -141,12 +142,13 @@ def main() -> None:
     )
     parser.add_argument("--probe", action="store_true", help="measure fixed samples, without training")
     parser.add_argument("--layers", type=int, default=28, help="of the model")
+    parser.add_argument("--vocabulary", type=int, default=SHAPE.vocab_size, help="of the model")
     parser.add_argument("--max-memory-gb", type=float, default=4.0, help="for the sums of the probe")
     parser.add_argument("--num-hot-cells", type=int, default=3, help="whose sample pairs are searched")
     parser.add_argument("--figure", type=Path, help="where to save the heatmap")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    SHAPE.num_hidden_layers = arguments.layers
+    SHAPE.num_hidden_layers, SHAPE.vocab_size = arguments.layers, arguments.vocabulary
     SHAPE.layer_types = SHAPE.layer_types[: arguments.layers]
     seed_everything(0, verbose=False)
     if arguments.probe:

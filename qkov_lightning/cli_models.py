@@ -13,8 +13,10 @@ from rich.console import Console
 
 from qkov_lightning.capture.capture_check import verify_capture
 from qkov_lightning.capture.reductions import ReductionChoice
+from qkov_lightning.heads.architectures import find_projections
 from qkov_lightning.heads.inspection import describe, load_model, random_batch
 from qkov_lightning.heads.verification import verify_projections
+from qkov_lightning.measure.costs import Samples, Speed, cost_table, costs_of
 from qkov_lightning.measure.passes import Probe
 from qkov_lightning.measure.probe import (
     MAX_MEMORY_GB,
@@ -27,20 +29,36 @@ from qkov_lightning.measure.subspace import Rest, measure_subspace
 from qkov_lightning.views.screen import epoch_lines
 
 
-def inspect(model: str, verify: bool = False, num_tokens: int = 512) -> None:
-    """Show which features of which module belong to each head of a model.
+def inspect(
+    model: str,
+    verify: bool = False,
+    num_tokens: int = 512,
+    num_samples: int = 128,
+    num_tasks: int = 2,
+    max_cache_gb: float = 10.0,
+    max_memory_gb: float = MAX_MEMORY_GB,
+) -> None:
+    """Show which features of which module belong to each head of a model, and what a heatmap of it costs.
 
     Args:
         model: Import path ``package.module:function`` to a function that returns the model, or a local
             ``from_pretrained`` folder.
         verify: Also prove on random tokens or images that each slice is the head that the model computes.
-        num_tokens: Tokens of a sample, for the estimate of its size in the cache.
+        num_tokens: Tokens of a sample, for the estimate of costs.
+        num_samples: Samples of each task.
+        num_tasks: Tasks.
+        max_cache_gb: Disk for the cache, in GiB.
+        max_memory_gb: Memory for the sums of a probe, in GiB.
 
     Raises:
         ValueError: If a slice is not the head that it is said to be.
     """
     loaded = load_model(model)
-    Console().print(describe(loaded, num_tokens))
+    projections, samples = find_projections(loaded), Samples(num_samples, num_tasks, num_tokens)
+    Console().print(describe(loaded, num_tokens, projections))
+    speed = Speed.of(next(loaded.parameters()).device)
+    costs = costs_of(loaded, projections, samples, speed, max_cache_gb, max_memory_gb)
+    Console().print(cost_table(loaded, costs, samples))
     if verify:
         verification = verify_projections(loaded, random_batch(loaded))
         if not verification.passed:
@@ -73,8 +91,8 @@ def probe(
             the loss.
         task_of: Batch key that gives the task of each sample.
         output: File to write.
-        max_memory_gb: Memory for the sums, in GiB; with less than all layers need, the samples are passed over
-            several times.
+        max_memory_gb: Memory for the sums, in GiB; with less than all layers need, the samples are passed
+            over several times.
         replicates: How samples are left out for the standard errors: exact, linear (less memory), or auto.
     """
     loaded, batches, (step, epoch) = _load(model, data, checkpoint, hook)

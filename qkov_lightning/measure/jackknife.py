@@ -16,6 +16,9 @@ from torch import Tensor
 
 from qkov_lightning.capture.samples import Samples
 
+MAX_GROUPS = 16
+"""Groups of samples that the standard errors of a probe are made of."""
+
 DIGITS = 6
 """Significant digits of a replicate: far more than a standard error has, and a small file."""
 

@@ -34,7 +34,7 @@ from qkov_lightning.measure.allotment import (
 from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.jackknife import num_groups_of, rounded
+from qkov_lightning.measure.jackknife import MAX_GROUPS, num_groups_of, rounded
 from qkov_lightning.measure.measurement import check_size, described_layers
 from qkov_lightning.measure.pairs import hot_cells
 from qkov_lightning.measure.passes import OtherSamplesError, Probe, ProbePasses, ProbeSamples
@@ -43,9 +43,6 @@ from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings, check_values
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.streaming import HELD_BYTES, restricted
-
-MAX_GROUPS = 16
-"""Groups of samples that the standard errors are made of."""
 
 MAX_MEMORY_GB = 4.0
 """Memory for the sums of a probe, in GiB."""
@@ -179,7 +176,7 @@ class _Measuring:
         sweeps = split_into_sweeps(own, self.max_bytes // (numbers * self._itemsize))
         if len(sweeps) > 1 or (kind == "linear" and self.replicates == "auto"):
             rank_zero_info(
-                f"Probe: {len(samples)} samples, {len(sweeps)} sweeps of {2 if kind == 'exact' else 3} passes, each with the "
+                f"Probe: {len(samples)} samples, {len(sweeps)} {'sweep' if len(sweeps) == 1 else 'sweeps'} of {2 if kind == 'exact' else 3} passes, each with the "
                 f"sums of as many heads as fit into {self.max_bytes / 2**30:.3g} GiB; {kind} replicates."
             )
         try:
