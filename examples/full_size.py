@@ -121,6 +121,7 @@ def probe(arguments: argparse.Namespace) -> None:
         loader,
         settings=ScoreSettings(num_hot_cells=arguments.num_hot_cells),
         max_memory_gb=arguments.max_memory_gb,
+        replicates=arguments.replicates,
     )
     took = time.perf_counter() - began[0], time.process_time() - began[1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -144,6 +145,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28, help="of the model")
     parser.add_argument("--vocabulary", type=int, default=SHAPE.vocab_size, help="of the model")
     parser.add_argument("--max-memory-gb", type=float, default=4.0, help="for the sums of the probe")
+    parser.add_argument(
+        "--replicates", choices=["auto", "exact", "linear"], default="auto", help="of the probe"
+    )
     parser.add_argument("--num-hot-cells", type=int, default=3, help="whose sample pairs are searched")
     parser.add_argument("--figure", type=Path, help="where to save the heatmap")
     arguments = parser.parse_args()
