@@ -2,10 +2,15 @@
 
 28 layers, 16 query heads and 8 key/value heads of 128 features, 176 million attention weights. Needs
 transformers, and about 6 GB of memory: python examples/full_size.py
+
+With --probe, fixed samples are measured at the initial weights instead, and the time is compared with that of
+forward and backward passes over the same samples. The sums of all layers take 12 GB; with a smaller
+--max-memory-gb the layers are swept some at a time: python examples/full_size.py --probe --max-memory-gb 12.5
 """
 
 import argparse
 import itertools
+import logging
 import random
 import resource
 import time
@@ -21,7 +26,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qkov_lightning import InterferenceMonitor
+from qkov_lightning import InterferenceMonitor, ScoreSettings, probe_interference
 from qkov_lightning.views.figures import heatmap_figure
 
 SHAPE = Qwen3Config(
@@ -89,6 +94,44 @@ def samples(num_samples: int, num_tokens: int) -> list[dict]:
     return result
 
 
+def probe(arguments: argparse.Namespace) -> None:
+    """Measure a probe, and compare its time with that of forward and backward passes."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if arguments.precision == "bf16-true" else torch.float32)
+    model = LanguageModel()
+    model.configure_model()
+    torch.set_default_dtype(before)
+    windows = samples(2 * arguments.samples, arguments.tokens)
+    loader = DataLoader(windows, arguments.batch_size)
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+
+    model.training_step(next(iter(loader)), 0).backward()  # the first pass is slower
+    model.zero_grad()
+    began = time.perf_counter(), time.process_time()
+    for batch in loader:
+        model.training_step(batch, 0).backward()
+        model.zero_grad()
+    passes = time.perf_counter() - began[0], time.process_time() - began[1]
+    print(f"forward and backward over {len(windows)} x {arguments.tokens} tokens: {passes[0]:.1f} s "
+          f"({passes[1]:.1f} s of processor time)", flush=True)  # fmt: skip
+
+    began = time.perf_counter(), time.process_time()
+    heatmap = probe_interference(
+        model,
+        loader,
+        settings=ScoreSettings(num_hot_cells=arguments.num_hot_cells),
+        max_memory_gb=arguments.max_memory_gb,
+        replicates=arguments.replicates,
+    )
+    took = time.perf_counter() - began[0], time.process_time() - began[1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"streamed probe: {took[0]:.1f} s ({took[1]:.1f} s of processor time), {took[0] / passes[0]:.2f} "
+          f"({took[1] / passes[1]:.2f}) times as long; peak memory {peak:.1f} GiB; {heatmap.notes['replicates']} replicates, {len(heatmap.pairs)} sample pairs")  # fmt: skip
+    for a, b in heatmap.task_pairs:
+        worst = heatmap.cells(a, b, "loss_rise")[0]
+        print(f"{b} on {a}: loss_rise of {worst.name} {worst.value:.2e} ± {worst.standard_error:.1e}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--samples", type=int, default=8, help="samples of each task")
@@ -98,10 +141,23 @@ def main() -> None:
     parser.add_argument(
         "--precision", default="bf16-true", help="of the weights, as in Trainer(precision=...)"
     )
+    parser.add_argument("--probe", action="store_true", help="measure fixed samples, without training")
+    parser.add_argument("--layers", type=int, default=28, help="of the model")
+    parser.add_argument("--vocabulary", type=int, default=SHAPE.vocab_size, help="of the model")
+    parser.add_argument("--max-memory-gb", type=float, default=4.0, help="for the sums of the probe")
+    parser.add_argument(
+        "--replicates", choices=["auto", "exact", "linear"], default="auto", help="of the probe"
+    )
+    parser.add_argument("--num-hot-cells", type=int, default=3, help="whose sample pairs are searched")
     parser.add_argument("--figure", type=Path, help="where to save the heatmap")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    SHAPE.num_hidden_layers, SHAPE.vocab_size = arguments.layers, arguments.vocabulary
+    SHAPE.layer_types = SHAPE.layer_types[: arguments.layers]
     seed_everything(0, verbose=False)
+    if arguments.probe:
+        probe(arguments)
+        return
     monitor = InterferenceMonitor(every_n_steps=1, num_hot_cells=3, storage=arguments.storage)
     stopwatch = Stopwatch()
     trainer = Trainer(

@@ -26,7 +26,8 @@ from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.weights import adaptive_rates
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.measurement import Rates
-from qkov_lightning.measure.probe import Probe, find_probe, probe_interference
+from qkov_lightning.measure.passes import Probe
+from qkov_lightning.measure.probe import MAX_MEMORY_GB, find_probe, probe_interference
 from qkov_lightning.measure.recording import Recording
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings, check_values, number_rules
@@ -100,6 +101,8 @@ class InterferenceMonitor(Callback):
             ``probe_interference``.
         probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without
             it.
+        max_memory_gb: Memory for the sums of a probe, in GiB and in each process: where it does not hold
+            those of all layers, the probe is passed over several times.
         keep_cache: Leave the cache in place at the end of training. It is removed by default, unless a
             checkpoint needs it to go on.
         name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
@@ -136,6 +139,7 @@ class InterferenceMonitor(Callback):
         verify: Verify = "first_batch",
         probe: str | Probe | None = None,
         probe_loss: Callable[..., Any] | None = None,
+        max_memory_gb: float = MAX_MEMORY_GB,
         keep_cache: bool = False,
         name: str = "interference",
     ) -> None:
@@ -152,6 +156,7 @@ class InterferenceMonitor(Callback):
             ("update_direction", update_direction, update_direction in directions, "auto, adam, sgd or state"),
             ("verify", verify, verify in VERIFY, "first_batch or off"),
             ("update_direction", update_direction, probe is None or update_direction != "state", "auto, adam or sgd with a probe"),
+            ("max_memory_gb", max_memory_gb, max_memory_gb > 0, "a positive number"),
             ("cache_dir", cache_dir, cache_dir is None or not is_remote(cache_dir), "a local folder: files are renamed and mapped"),
             *number_rules(damping, step_size, fisher_decay, num_hot_cells),
             ("figures", list(figures), not unknown, f"a list of some of {', '.join(SCORES)}"),
@@ -178,6 +183,7 @@ class InterferenceMonitor(Callback):
         self.verify: Verify = verify
         self.probe = probe
         self.probe_loss = probe_loss
+        self.max_memory_gb = max_memory_gb
         self.keep_cache = keep_cache
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
@@ -358,6 +364,7 @@ class InterferenceMonitor(Callback):
                     projections=self._projections,
                     settings=self._settings(trainer),
                     processes=Processes.of(trainer),
+                    max_memory_gb=self.max_memory_gb,
                 )
             except CacheError as error:
                 self._recording.switch_off(error)

@@ -127,6 +127,13 @@ def rehearsing(model: nn.Module, *, evaluation: bool) -> Iterator[None]:
         yield
 
 
+def reseed(number: int) -> None:
+    """Begin a stream of random numbers that depends on the number alone; inside ``rehearsing``."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number)
+
+
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Nothing logged, and every attribute and buffer as before in the end."""
@@ -183,9 +190,7 @@ def _fixed_randomness() -> Iterator[None]:
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
+            reseed(0)
             yield
     finally:
         random.setstate(python)

@@ -135,6 +135,7 @@ class GradientCapture:
         self._calls: list[Call] = []
         self._versions: dict[tuple[str, object], tuple[int, ...]] = {}
         self._terms: list[TracedTerm] = []
+        self._edges: list[torch.autograd.graph.GradientEdge] = []
         self._ran_without_grad: set[str] = set()
         self._batched: set[str] = set()
         self._problems: dict[str, str] = {}
@@ -194,6 +195,15 @@ class GradientCapture:
         """Read how the loss joins its samples, before its backward pass."""
         if self._active and not self._paused:
             self._terms += trace_loss(loss)
+
+    @property
+    def edges(self) -> list[torch.autograd.graph.GradientEdge]:
+        """What to ask ``torch.autograd.grad`` for where nothing but the step itself is wanted.
+
+        The outputs of the watched modules: their gradients pass the taps, the backward pass ends at the
+        lowest of them, and no weight gets a gradient.
+        """
+        return list(self._edges)
 
     def pause(self) -> None:
         """Watch no further forward pass of this step."""
@@ -280,6 +290,8 @@ class GradientCapture:
         if not call.recomputed and self._evaluates_again(call):
             return None
         self._calls.append(call)
+        if not call.recomputed:
+            self._edges.append(torch.autograd.graph.get_gradient_edge(output))
         axes = part.input_axes or piece.axes_of_inputs
         inputs, outputs = piece.input_features(axes), piece.output_features(axes)
         adding = accumulator(part.parameters)

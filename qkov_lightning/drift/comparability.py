@@ -43,6 +43,13 @@ def check_comparable(
                 f"The baseline was measured with {condition} = {old!r}, the current heatmap with {new!r}. "
                 "Measure both in the same way."
             )
+    kinds = [heatmap.notes.get("replicates", "exact") for heatmap in (baseline, current)]
+    if baseline.replicates and current.replicates and kinds[0] != kinds[1]:
+        raise NotComparableError(
+            f"The baseline was measured with {kinds[0]} replicates, the current heatmap with {kinds[1]} ones: their "
+            f"differences are not those of the samples. Measure both with replicates={kinds[0]!r}, or both with "
+            f"replicates={kinds[1]!r}."
+        )
     measured = _check_head_maps(baseline, current)
     order = [current.tasks.index(task) for task in baseline.tasks]
     different = ~torch.eye(len(order), dtype=torch.bool)

@@ -16,6 +16,7 @@ from qkov_lightning.heads.projections import BLOCKS, Block, Projection, num_head
 from qkov_lightning.measure.cells import BlockInfo, Layer, Status
 from qkov_lightning.measure.folding import Folding, disk_errors
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.jackknife import unit_numbers
 from qkov_lightning.measure.pairs import worst_pairs
 from qkov_lightning.scores.fisher import EmpiricalFisher
 from qkov_lightning.scores.metric import HeadInterference
@@ -42,7 +43,6 @@ def measure_interference(
     processes: Processes = Processes(),
     rates: Rates | None = None,
     on_projection: Callable[[], None] = lambda: None,
-    refined: Callable[[InterferenceHeatmap], InterferenceHeatmap] = lambda heatmap: heatmap,
 ) -> InterferenceHeatmap | None:
     """Fold the new steps into the Fisher, score every cell, and find the sample pairs that hurt most.
 
@@ -54,7 +54,6 @@ def measure_interference(
         processes: Each takes some layers.
         rates: What the optimiser multiplies a gradient with, instead of the direction of the settings.
         on_projection: Called when one of the projections is done, to show progress.
-        refined: Adds to a heatmap what its verdict rests on, before pairs are searched.
 
     Returns:
         The heatmap, the same in every process; None if the cache is empty.
@@ -75,7 +74,7 @@ def measure_interference(
     tasks = sorted({
         record.samples.tasks[i] for record, mask in selected for i in mask.nonzero().flatten().tolist()
     })
-    _check_size(tasks, projections)
+    check_size(tasks, projections)
     reader = CacheReader(records, next(model.parameters()).device)
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), settings)
     metric = metric.to(reader.device)
@@ -100,21 +99,19 @@ def measure_interference(
                         rates=None if rate is None else stored.kept_of(rate, projection, gradients.heads),
                         weights=stored.weights(projection, gradients.heads),
                         fisher_shares=_shares(fisher, gradients, indices),
-                        groups=_groups(gradients),
+                        groups=unit_numbers(gradients.tasks, gradients.ids, gradients.groups),
                         num_terms=gradients.num_terms,
                     )
             folding.save()
             on_projection()
     processes.agree(failures[0] if failures else None)
     result = {name: value.cpu() for name, value in metric.compute().items()}
-    heatmap = refined(
-        InterferenceHeatmap(
-            tasks=tuple(tasks),
-            layers=_layers(projections, model, result["num_samples"]),
-            scores={score: result[score] for score in SCORES},
-            standard_errors={score: result[f"{score}_standard_error"] for score in SCORES},
-            num_samples=result["num_samples"],
-        )
+    heatmap = InterferenceHeatmap(
+        tasks=tuple(tasks),
+        layers=described_layers(projections, model, result["num_samples"]),
+        scores={score: result[score] for score in SCORES},
+        standard_errors={score: result[f"{score}_standard_error"] for score in SCORES},
+        num_samples=result["num_samples"],
     )
     pairs = []
     try:
@@ -127,7 +124,7 @@ def measure_interference(
     return replace(heatmap, pairs=tuple(pairs))
 
 
-def _check_size(tasks: Sequence[str], projections: Sequence[Projection]) -> None:
+def check_size(tasks: Sequence[str], projections: Sequence[Projection]) -> None:
     """Refuse a heatmap that nobody could hold.
 
     Raises:
@@ -167,17 +164,10 @@ def _shares(
     return torch.zeros_like(shares).index_add_(0, owners, shares[known])
 
 
-def _groups(gradients: HeadGradients) -> Int[Tensor, sample]:
-    """Group of each sample, counted from 0; a sample without one is its own."""
-    keys = zip(gradients.tasks, gradients.ids, gradients.groups, strict=True)
-    numbers: dict[object, int] = {}
-    return torch.tensor([
-        numbers.setdefault((task, name) if group is None else group, len(numbers))
-        for task, name, group in keys
-    ])
-
-
-def _layers(projections: Sequence[Projection], model: nn.Module, num_samples: Tensor) -> tuple[Layer, ...]:
+def described_layers(
+    projections: Sequence[Projection], model: nn.Module, num_samples: Tensor
+) -> tuple[Layer, ...]:
+    """What a heatmap says of its layers, and of which of their blocks samples were measured."""
     names: dict[int, str] = {}
     blocks: dict[int, dict[Any, BlockInfo]] = {}
     for projection in projections:

@@ -24,6 +24,15 @@ from qkov_lightning.store.streaming import HELD_BYTES, CacheReader, restricted
 PAIRS_PER_CELL = 3
 
 
+def hot_cells(heatmap: InterferenceHeatmap, num_cells: int) -> dict[tuple[int, Block], list[Cell]]:
+    """The cells that the verdict names first for each pair of tasks, by layer and block."""
+    hot: dict[tuple[int, Block], list[Cell]] = {}
+    for pair in heatmap.verdict.pairs:
+        for cell in pair.cells[:num_cells]:
+            hot.setdefault((cell.layer, cell.block), []).append(cell)
+    return hot
+
+
 def worst_pairs(
     heatmap: InterferenceHeatmap,
     projections: Sequence[Projection],
@@ -50,10 +59,7 @@ def worst_pairs(
     Raises:
         CacheError: If the Fisher, or a record that was readable before, cannot be read.
     """
-    hot: dict[tuple[int, Block], list[Cell]] = {}
-    for pair in heatmap.verdict.pairs:
-        for cell in pair.cells[: settings.num_hot_cells]:
-            hot.setdefault((cell.layer, cell.block), []).append(cell)
+    hot = hot_cells(heatmap, settings.num_hot_cells)
     pairs: list[SamplePair] = []
     for projection in projections:
         cells = hot.get((projection.layer, projection.block), [])
@@ -79,6 +85,39 @@ def worst_pairs(
             for cell in own:
                 pairs += found.of(cell, blocks)
     return pairs
+
+
+def pairs_of_head(
+    head: Projection,
+    cells: Sequence[Cell],
+    gradients: Float[Tensor, "sample weight"],
+    tasks: Sequence[str],
+    ids: Sequence[str],
+    texts: Sequence[str | None],
+    settings: ScoreSettings,
+) -> list[SamplePair]:
+    """The sample pairs of the most harm in the cells of one head, from gradients in memory.
+
+    Args:
+        head: The projection, with this head alone.
+        cells: Its cells.
+        gradients: Of all samples that the Fisher is the plain mean of, each task with the same weight.
+        tasks: Task of each sample.
+        ids: Identifier of each sample.
+        texts: Text of each sample, where texts are kept.
+        settings: What the scores depend on.
+    """
+    rows = {task: [i for i, other in enumerate(tasks) if other == task] for task in sorted(set(tasks))}
+    own = {task: gradients[rows[task]] for task in rows}
+    fisher = torch.stack([of.square().mean(dim=0) for of in own.values()]).mean(dim=0)
+    block = _Block(
+        torch.arange(head.head_dim),
+        own,
+        {task: [ids[i] for i in rows[task]] for task in rows},
+        {task: [texts[i] for i in rows[task]] for task in rows},
+    )
+    found = _HeadPairs(head, 0, fisher, torch.ones_like(fisher), None, settings)
+    return [pair for cell in cells for pair in found.of(cell, lambda: iter([block]))]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,51 +6,54 @@ Two measurements of one checkpoint on one machine are bit-identical.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
-import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.capture.reductions import ReductionChoice
-from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
+from qkov_lightning.capture.rehearsal import Loss, training_loss
 from qkov_lightning.capture.samples import Labels, read_labels
-from qkov_lightning.capture.taps import GradientCapture
 from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
-from qkov_lightning.heads.projections import Projection
+from qkov_lightning.heads.projections import BLOCKS, Projection, num_heads, num_layers
+from qkov_lightning.measure.allotment import (
+    Replicates,
+    SweptHeads,
+    heads_of,
+    numbers_per_weight,
+    split_into_sweeps,
+)
+from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.jackknife import jackknife_replicates, num_groups_of
-from qkov_lightning.measure.measurement import measure_interference
-from qkov_lightning.scores.settings import ScoreSettings
-from qkov_lightning.store.cache import GradientCache
-from qkov_lightning.store.files import CacheError
+from qkov_lightning.measure.jackknife import MAX_GROUPS, num_groups_of, rounded
+from qkov_lightning.measure.measurement import check_size, described_layers
+from qkov_lightning.measure.pairs import hot_cells
+from qkov_lightning.measure.passes import OtherSamplesError, Probe, ProbePasses, ProbeSamples
+from qkov_lightning.measure.sweeps import Found, ProbeSweeps, held_pairs
+from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.settings import ScoreSettings, check_values
 from qkov_lightning.store.processes import Processes
-from qkov_lightning.store.stored import StoredGradients
+from qkov_lightning.store.streaming import HELD_BYTES, restricted
 
-NO_LIMIT = 2**62
-"""The cache of a probe is as large as the probe."""
-
-MAX_GROUPS = 16
-"""Groups of samples that the standard errors are made of."""
+MAX_MEMORY_GB = 4.0
+"""Memory for the sums of a probe, in GiB."""
 
 FISHER = "mean over the probe"
 """What the heatmap's notes say of its Fisher."""
 
-Probe = DataLoader[Any] | Sequence[Any]
-"""A DataLoader, several of them, or batches in a list."""
+T = TypeVar("T")
+
+ReplicateChoice = Literal["auto", "exact", "linear"]
+"""How the replicates are made; "auto": exact ones where they fit into one sweep."""
 
 
 def probe_interference(
@@ -67,13 +70,16 @@ def probe_interference(
     projections: Sequence[Projection] | None = None,
     settings: ScoreSettings = ScoreSettings(),
     processes: Processes = Processes(),
+    max_memory_gb: float = MAX_MEMORY_GB,
+    replicates: ReplicateChoice = "auto",
 ) -> InterferenceHeatmap:
     """Measure the interference of the probe's samples, in evaluation mode, without any change to the model.
 
-    The Fisher is the plain mean over the probe's samples of each task, then the mean over the tasks.
-    Gradients wait in a temporary folder, so that the probe need not fit into memory. Standard errors come
-    from leaving groups of samples out, so that they hold for heavy-tailed gradients, too. The notes hold a
-    fingerprint of the batches: two heatmaps of the same samples are compared group by group.
+    The samples stream: passes over them sum gradients per task, and compare each sample with the sums.
+    Nothing goes to disk, and memory does not depend on the number of samples but for a few numbers per sample
+    and head. The Fisher is the plain mean over the probe's samples of each task, then the mean over the
+    tasks. Standard errors come from leaving groups of samples out. The notes hold a fingerprint of the
+    batches: two heatmaps of the same samples are compared group by group.
 
     Args:
         model: Holds the attention layers.
@@ -88,79 +94,184 @@ def probe_interference(
         sample_text_of: The same for a text of each sample, whose beginning is shown beside its identifier.
         projections: Head map; found by ``find_projections`` by default.
         settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
-        processes: Those that measure together, each some layers.
+        processes: Those that measure together. Each runs all samples and takes the sums of some layers, so
+            that the result is that of one process to the last bit; the more there are, the fewer sweeps.
+        max_memory_gb: Memory for the sums of each process, in GiB. Where not all layers fit, they are swept
+            some at a time, with passes over the samples for each sweep; scores do not depend on it.
+        replicates: "exact" leaves each group out of all sums, which takes about 17 times their memory;
+            "linear" sums up what each sample of the group moves the scores by; "auto" is exact where the
+            sums of all groups fit into ``max_memory_gb``. The notes say which it was.
 
     Returns:
         The heatmap.
 
     Raises:
-        ValueError: If the probe shuffles, is empty or repeats a sample, if there is no loss, or if a gradient
-            is not finite.
+        ValueError: If the probe shuffles, is empty, repeats a sample or changes from pass to pass, if there
+            is no loss, if a gradient is not finite, or if ``max_memory_gb`` does not hold even a few heads.
     """
-    step_loss = loss or training_loss(model)
+    check_values(
+        "probe_interference",
+        ("max_memory_gb", max_memory_gb, max_memory_gb > 0, "a positive number"),
+        ("replicates", replicates, replicates in {"auto", "exact", "linear"}, "auto, exact or linear"),
+    )
     projections = list(projections or find_projections(model))
-    maps = {p.module_name: find_map(model, p) for p in projections}
-    weights = [p for one in maps.values() for p in one.parameters if p.requires_grad]
-    device = next(model.parameters()).device
 
     def labels(batch: Any) -> Labels:
         sources = (task_of, sample_id_of, num_target_tokens_of, "token_samples", group_of, sample_text_of)
         return replace(read_labels(batch, *sources), numbered=True)
 
-    seen: Counter[tuple[str, str]] = Counter()
-    failure: CacheError | None = None
-    fingerprint = hashlib.sha256()
-    with (
-        tempfile.TemporaryDirectory(prefix="qkov-probe-") as directory,
-        rehearsing(model, evaluation=True),
-    ):
-        cache = GradientCache(directory, max_samples_per_task=NO_LIMIT, max_bytes=NO_LIMIT)
-        with GradientCapture(model, projections, loss_reduction) as capture, torch.enable_grad():
-            for index, batch in enumerate(_batches(probe)):
-                _fingerprint(batch, fingerprint.update)
-                batch = to_device(model, batch, device)
-                capture.start()
-                value = step_loss(model, batch)
-                _check_loss(value, index)
-                capture.note_loss(value)
-                # Not `backward()`: it would add to `.grad`, and run optimisers that hang on it.
-                torch.autograd.grad(value, weights, allow_unused=True)
-                captured = capture.finish(partial(labels, batch))
-                _check_captured(captured, index, seen)
-                try:
-                    cache.append(0, captured)
-                except CacheError as error:
-                    failure = error
-        processes.agree(failure)
-        with torch.no_grad():
-            stored = StoredGradients(cache, Path(directory) / "fisher")
-            plain_mean = replace(settings, fisher_decay=0.0)
-            notes: dict[str, Any] = {"fisher": FISHER, "damping": settings.damping}
-            groups = min(MAX_GROUPS, num_groups_of(record.samples for record, _ in cache.records()))
+    passes = ProbePasses(model, probe, loss or training_loss(model), loss_reduction, labels)
+    measuring = _Measuring(
+        passes, model, projections, settings, processes, int(max_memory_gb * 2**30), replicates
+    )
+    samples = measuring.in_all(passes.look)
+    found = None if samples is None else measuring.in_all(partial(measuring.sweep, samples))
+    if not processes.all(found is not None):
+        samples = measuring.in_all(partial(passes.learn, projections))
+        found = measuring.in_all(partial(measuring.sweep, samples))
+    if samples is None or found is None:
+        raise ValueError(
+            "The forward passes hold other samples from pass to pass, expected the same each time."
+        )
+    heatmap = measuring.heatmap(samples, *found)
+    pairs = processes.gather(measuring.in_all(partial(measuring.pairs, samples, heatmap)))
+    pairs.sort(key=lambda pair: -(pair.harm or 0.0))
+    return replace(heatmap, pairs=tuple(pairs))
 
-            def leave_out(heatmap: InterferenceHeatmap) -> InterferenceHeatmap:
-                if groups < 2:
-                    return replace(heatmap, notes=notes)
-                replicates = jackknife_replicates(
-                    cache, projections, heatmap.tasks, groups, settings, processes, device
-                )
-                return replace(
-                    heatmap,
-                    standard_errors={score: jackknife_error(values) for score, values in replicates.items()},
-                    replicates=replicates,
-                    notes={
-                        **notes,
-                        "degrees_of_freedom": groups - 1,
-                        "samples": fingerprint.hexdigest()[:16],
-                    },
-                )
 
-            heatmap = measure_interference(
-                stored, projections, model, plain_mean, processes, refined=leave_out
+@dataclass(frozen=True, eq=False)
+class _Measuring:
+    """One measurement of a probe: how many heads at a time, and what becomes of their scores."""
+
+    passes: ProbePasses
+    model: nn.Module
+    projections: Sequence[Projection]
+    settings: ScoreSettings
+    processes: Processes
+    max_bytes: int
+    replicates: ReplicateChoice
+
+    def in_all(self, work: Callable[[], T]) -> T:
+        """Do something in all processes, or fail in all: who stopped alone would leave the others waiting.
+
+        Raises:
+            ValueError: If one fails.
+        """
+        result: list[T] = []
+        failure: ValueError | None = None
+        try:
+            result.append(work())
+        except ValueError as error:
+            failure = error
+        if not self.processes.all(failure is None):
+            raise failure or ValueError("Another process cannot measure the probe, and says why.")
+        return result[0]
+
+    def sweep(self, samples: ProbeSamples) -> tuple[list[Found], set[int]] | None:
+        """Scores of the heads of this process; None if the samples turn out to be others."""
+        check_size(sorted(set(samples.tasks)), self.projections)
+        groups, kind = self._kind(samples)
+        numbers = numbers_per_weight(len(set(samples.tasks)), kind or "linear", groups)
+        own = self._heads([one for one in self.projections if self.processes.takes(one.layer)])
+        sweeps = split_into_sweeps(own, self.max_bytes // (numbers * self._itemsize))
+        if len(sweeps) > 1 or (kind == "linear" and self.replicates == "auto"):
+            rank_zero_info(
+                f"Probe: {len(samples)} samples, {len(sweeps)} {'sweep' if len(sweeps) == 1 else 'sweeps'} of {2 if kind == 'exact' else 3} passes, each with the "
+                f"sums of as many heads as fit into {self.max_bytes / 2**30:.3g} GiB; {kind} replicates."
             )
-            if heatmap is None:
-                raise ValueError("The probe holds no batch, expected at least two samples of each task.")
-    return heatmap
+        try:
+            together = HELD_BYTES // max(
+                1, self._itemsize * sum(one.size for one in self._heads(self.projections))
+            )
+            return ProbeSweeps(self.passes, samples, self.settings, kind, groups, together).measure(sweeps)
+        except OtherSamplesError:
+            return None
+
+    def heatmap(self, samples: ProbeSamples, own: list[Found], unseen: set[int]) -> InterferenceHeatmap:
+        """Everything but the sample pairs, the same in every process.
+
+        Raises:
+            ValueError: If no projection took part in a batch.
+        """
+        lost = set.intersection(*self.processes.gather([unseen]))
+        if lost:
+            raise ValueError(
+                f"No attention projection took part in the loss of batch {min(lost)} of the probe."
+            )
+        tasks = sorted(set(samples.tasks))
+        groups, kind = self._kind(samples)
+        cells = (len(tasks), num_layers(self.projections), num_heads(self.projections), len(BLOCKS))
+        num_samples = torch.zeros(cells, dtype=torch.float64)
+        shape = (len(tasks), *cells)
+        scores, variances = ({name: _unknown(shape) for name in SCORES} for _ in range(2))
+        replicates = {name: _unknown((groups, *shape)) for name in SCORES if kind}
+        for found in self.processes.gather(own):
+            heads = slice(found.first_head, found.first_head + len(next(iter(found.values.values()))[0, 0]))
+            num_samples[:, found.layer, heads, found.block] = found.num_samples[:, None]
+            for target, values in (
+                (scores, found.values), (variances, found.variances), (replicates, found.replicates)
+            ):  # fmt: skip
+                for name, value in values.items():
+                    target[name][..., found.layer, heads, found.block] = value
+        replicates = {name: rounded(values) for name, values in replicates.items()}
+        notes: dict[str, Any] = {"fisher": FISHER, "damping": self.settings.damping}
+        if kind:
+            notes |= {"degrees_of_freedom": groups - 1, "samples": samples.fingerprint, "replicates": kind}
+        return InterferenceHeatmap(
+            tasks=tuple(tasks),
+            layers=described_layers(self.projections, self.model, num_samples),
+            scores=scores,
+            standard_errors={
+                name: jackknife_error(replicates[name]) if kind else variances[name].sqrt() for name in SCORES
+            },
+            num_samples=num_samples,
+            replicates=replicates,
+            notes=notes,
+        )
+
+    def pairs(self, samples: ProbeSamples, heatmap: InterferenceHeatmap) -> list[SamplePair]:
+        """The sample pairs of the most harm, from one more pass that holds the gradients of a few heads."""
+        hot = hot_cells(heatmap, self.settings.num_hot_cells)
+        wanted: list[tuple[SweptHeads, list[Cell]]] = []
+        for one in self.projections:
+            cells = hot.get((one.layer, one.block), []) if self.processes.takes(one.layer) else []
+            for head in sorted({cell.head for cell in cells}):
+                alone = restricted(one, slice(head, head + 1))
+                (heads,) = heads_of(self.model, [alone], self._itemsize)
+                wanted.append((heads, [cell for cell in cells if cell.head == head]))
+        pairs: list[SamplePair] = []
+        while wanted:
+            # The gradients of all samples, those of each task, their contributions, and their magnitudes.
+            head_bytes = 4 * len(samples) * wanted[0][0].num_weights * self._itemsize
+            together = max(1, self.max_bytes // head_bytes)
+            pairs += held_pairs(self.passes, samples, wanted[:together], self.settings)
+            wanted = wanted[together:]
+        return pairs
+
+    def _kind(self, samples: ProbeSamples) -> tuple[int, Replicates | None]:
+        """Groups that replicates leave out, and how: the same for any number of processes."""
+        groups = min(MAX_GROUPS, num_groups_of(samples.all))
+        if groups < 2:
+            return 0, None
+        if self.replicates != "auto":
+            return groups, self.replicates
+        num_weights = sum(heads.size for heads in self._heads(self.projections))
+        numbers = numbers_per_weight(len(set(samples.tasks)), "exact", groups)
+        return groups, "exact" if numbers * num_weights * self._itemsize <= self.max_bytes else "linear"
+
+    def _heads(self, projections: Sequence[Projection]) -> list[SweptHeads]:
+        trained = [one for one in projections if find_map(self.model, one).is_trainable]
+        return heads_of(self.model, trained, self._itemsize)
+
+    @property
+    def _itemsize(self) -> int:
+        """Bytes of a number in a sum: float32, or float64 where the model has that."""
+        dtypes = [one.dtype for one in self.model.parameters() if one.is_floating_point()]
+        return 8 if torch.float64 in dtypes else 4
+
+
+def _unknown(shape: tuple[int, ...]) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float64)
 
 
 def find_probe(probe: str | Probe, *owners: object) -> Probe:
@@ -215,76 +326,3 @@ def load_weights(model: LightningModule, checkpoint: Path) -> tuple[int, int]:
             f"{checkpoint} cannot be loaded into {type(model).__name__}: {error}. Expected a checkpoint that Lightning wrote "
             "for this class, made with the same arguments."
         ) from error
-
-
-def _batches(probe: Probe) -> Iterator[Any]:
-    """The batches of all loaders, whose own generators are left as they were.
-
-    Raises:
-        ValueError: If a loader draws its samples at random.
-    """
-    loaders: list[Any] = [probe]
-    if isinstance(probe, Sequence) and any(isinstance(one, DataLoader) for one in probe):
-        loaders = list(probe)
-    for loader in loaders:
-        sampler = getattr(loader, "sampler", None)
-        if isinstance(sampler, (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)):
-            raise ValueError(
-                f"The probe draws its samples at random ({type(sampler).__name__}), expected the same samples each time: "
-                "build its DataLoader with shuffle=False."
-            )
-        generator = getattr(loader, "generator", None)
-        state = None if generator is None else generator.get_state()
-        try:
-            yield from loader
-        finally:
-            if generator is not None:
-                generator.set_state(state)
-
-
-def _fingerprint(value: Any, update: Callable[[bytes], None]) -> None:
-    """Feed a hash with every tensor, array, text and number of a batch, and where it lies."""
-    if isinstance(value, Tensor):
-        update(f"{value.dtype}{tuple(value.shape)}".encode())
-        update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, np.ndarray):
-        update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            update(repr(key).encode())
-            _fingerprint(item, update)
-    elif isinstance(value, (list, tuple)):
-        update(f"{len(value)}".encode())
-        for item in value:
-            _fingerprint(item, update)
-    elif isinstance(value, (str, bytes, int, float, bool, type(None))):
-        update(repr(value).encode())
-    else:
-        _fingerprint(getattr(value, "__dict__", None), update)
-
-
-def _check_loss(value: object, index: int) -> None:
-    where = f"The loss of batch {index} of the probe"
-    if not isinstance(value, Tensor) or not value.requires_grad:
-        kind = "has no gradient" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
-        raise ValueError(f"{where} {kind}, expected a tensor that depends on the parameters.")
-    if value.numel() != 1 or not bool(value.isfinite()):
-        raise ValueError(f"{where} is {value.detach().tolist()}, expected one finite number.")
-
-
-def _check_captured(captured: Sequence[CapturedStep], index: int, seen: Counter[tuple[str, str]]) -> None:
-    if not captured:
-        raise ValueError(f"No attention projection took part in the loss of batch {index} of the probe.")
-    for one in captured:
-        if not one.is_finite:
-            raise ValueError(
-                f"Batch {index} of the probe has a gradient that is not finite. A measurement without it would pass "
-                "over what broke."
-            )
-        seen.update(zip(one.samples.tasks, one.samples.ids, strict=True))
-    (task, sample), count = seen.most_common(1)[0]
-    if count > 1:
-        raise ValueError(
-            f"Sample {sample!r} of task {task!r} is in the probe {count} times (again in batch {index}), expected every "
-            "sample once with an identifier of its own."
-        )

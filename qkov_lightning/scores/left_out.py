@@ -12,37 +12,63 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qkov_lightning.scores.spans import SamplesByTask, inner
+from qkov_lightning.scores.sums import Reference
+
+Wholes = tuple[Float[Tensor, "task_a task_b head"], Float[Tensor, "task head"]]
+"""Sums over pairs of samples, and over pairs of a sample with itself."""
+
+
+def whole_sums(reference: Reference) -> Wholes:
+    """The sums over all pairs, from which samples are left out: the same for all of these.
+
+    Raises:
+        ValueError: If the sums have no cubes.
+    """
+    sums = reference.sums
+    if sums.cube is None:
+        raise ValueError("The sums have no cubes, which pairs of a sample with itself are made of.")
+    pairs = [
+        [
+            torch.stack([
+                (a[head] * b[head] * one).double().sum() for head, one in enumerate(reference.inverse)
+            ])
+            for b in sums.absolute
+        ]
+        for a in sums.square
+    ]
+    itself = [(cube * reference.inverse).double().sum(dim=-1) for cube in sums.cube]
+    return torch.stack([torch.stack(row) for row in pairs]), torch.stack(itself)
 
 
 def interference_left_out(
     samples: SamplesByTask,
-    gradient_square: Float[Tensor, "task head weight"],
-    gradient_absolute: Float[Tensor, "task head weight"],
+    reference: Reference,
     slice_square: Float[Tensor, "sample head"],
-    fisher: Float[Tensor, "head weight"],
     shares: Float[Tensor, sample],
-    each: Float[Tensor, "head weight"],
-    damping: float,
+    wholes: Wholes,
 ) -> Float[Tensor, "sample task_a task_b head"]:
     r"""The mean of :math:`M_{ij}` over the pairs of two tasks, with each sample left out in turn.
 
     Args:
-        samples: Gradients of all samples.
-        gradient_square: Sum of the squares over the samples of each task.
-        gradient_absolute: The same of the magnitudes.
+        samples: All samples, or some.
+        reference: Made of all samples, with cubes.
         slice_square: Mean of each sample's squares over the weights of the slice.
-        fisher: Fisher pooled over tasks.
-        shares: Share of each sample's square in it.
-        each: How many weights of the slice each one stands for.
-        damping: Added to the Fisher, relative to its mean over the slice.
+        shares: Share of each sample's square in the Fisher.
+        wholes: Sums over all pairs.
 
     Returns:
         Means without each sample. Within a task of two samples no pair is left: NaN.
+
+    Raises:
+        ValueError: If the sums have no cubes.
     """
+    sums, fisher, damping = reference.sums, reference.fisher, reference.damping
+    each, count = sums.each, sums.task_count
+    if sums.cube is None:
+        raise ValueError("The sums have no cubes, which pairs of a sample with itself are made of.")
     num_tasks, num_heads = len(samples.membership), len(each)
     member = samples.membership.T.bool()
-    own_square = torch.tensordot(samples.membership.T, samples.membership @ slice_square, dims=1)
-    own_square = own_square / torch.tensordot(samples.membership.T, samples.count, dims=1)[:, None]
+    own_square = torch.tensordot(samples.membership.T, reference.own_square, dims=1)
     mean_fisher = (fisher * each).sum(dim=-1) / each.sum(dim=-1)
     # What is left of the other samples' shares grows, as the mean over a task of n - 1 samples does.
     lost = (shares / (1 - num_tasks * shares).clamp(min=0.5))[:, None]
@@ -53,29 +79,23 @@ def interference_left_out(
     changed = samples.zeros(num_tasks, num_tasks, num_heads)
     cubes_changed, sensitive, pushed = (samples.zeros(num_tasks, num_heads) for _ in range(3))
     itself = samples.zeros(num_heads)
-    whole = changed.new_zeros(num_tasks, num_tasks, num_heads)
-    own_whole = changed.new_zeros(num_tasks, num_heads)
-    inverse = each / (fisher + (damping * mean_fisher)[:, None])
     for at, _, square, absolute in samples:
         heads = at[1]
-        left, cubes = torch.empty_like(square), torch.zeros_like(gradient_square[at])
+        left = torch.empty_like(square)
         for task, rows in samples.groups:
-            mean = gradient_square[task][at] / samples.count[task].to(square)
+            mean = sums.square[task][at] / count[task].to(square)
             left[rows] = fisher[at] - lost[rows, :, None].to(square) * (square[rows] - mean)
-            cubes[task] = (square[rows] * absolute[rows]).sum(dim=0)
         left = left.clamp_(min=0).add_(epsilon[:, heads, None].to(square)).reciprocal_().mul_(each[at])
-        change = left - inverse[at]
+        change = left - reference.inverse[at]
         for a in range(num_tasks):
-            products = gradient_square[a][at] * gradient_absolute[at]
-            changed[:, a, :, heads] += inner(change, products)
-            whole[a, :, heads] += (products * inverse[at]).sum(dim=-1)
-        cubes_changed[..., heads] += inner(change, cubes)
-        own_whole[:, heads] += (cubes * inverse[at]).sum(dim=-1)
-        sensitive[..., heads] += inner(square * left, gradient_absolute[at])
+            changed[:, a, :, heads] += inner(change, sums.square[a][at] * sums.absolute[at])
+        cubes_changed[..., heads] += inner(change, sums.cube[at])
+        sensitive[..., heads] += inner(square * left, sums.absolute[at])
         weighted = left.mul_(absolute)
-        pushed[..., heads] += inner(weighted, gradient_square[at])
+        pushed[..., heads] += inner(weighted, sums.square[at])
         itself[:, heads] += inner(weighted.mul_(square), torch.ones_like(each[at])[None])[:, 0]
 
+    whole, own_whole = wholes
     total = whole + changed
     total -= member[:, :, None, None] * sensitive[:, None]
     total -= member[:, None, :, None] * pushed[:, :, None]
@@ -83,6 +103,6 @@ def interference_left_out(
     total.diagonal(dim1=1, dim2=2).sub_(
         (own_whole + cubes_changed - 2 * member[:, :, None] * itself[:, None]).transpose(1, 2)
     )
-    left_of = samples.count - member.to(total)
+    left_of = count - member.to(total)
     num_pairs = left_of[:, :, None] * (left_of[:, None] - torch.eye(num_tasks).to(total))
     return total / torch.where(num_pairs > 0, num_pairs, torch.nan).unsqueeze(-1)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from qkov_lightning.scores.scores import Score
-from qkov_lightning.scores.statistics import Estimate, SliceStatistics
+from qkov_lightning.scores.statistics import WITHOUT_HEADS, Estimate, SliceStatistics
 
 
 def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: int) -> Estimate:
@@ -61,6 +61,6 @@ def leave_out_replicates(statistics: SliceStatistics, num_replicates: int) -> Sl
     means = {
         name: (value.unflatten(-1, (-1, num_replicates)) @ shares.T.to(value)).flatten(-2)
         for name, value in vars(statistics).items()
-        if name not in {"membership", "groups", "num_terms", "step_size"} and value is not None
+        if name not in WITHOUT_HEADS and value is not None
     }
     return replace(statistics, **means)

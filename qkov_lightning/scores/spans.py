@@ -74,6 +74,11 @@ class SamplesByTask:
         per_half = torch.bincount(2 * tasks + half[self._order], minlength=2 * num_tasks)
         self.halves = [(*divmod(place, 2), rows) for place, rows in _places(per_half.tolist())]
 
+    @property
+    def order(self) -> Int[Tensor, kept]:
+        """Which of the samples stands at each place."""
+        return self._order
+
     def of(self, per_sample: Tensor) -> Tensor:
         """Values of the samples, in the order of their tasks."""
         return per_sample.to(self._order.device)[self._order]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,10 +22,17 @@ class Estimate:
         value: The score.
         variance: Its sampling variance over samples of both tasks, and over all samples that the Fisher
             holds.
+        replicates: The score without each group of samples that is left out together, to first order; None
+            where the statistics name no such groups.
     """
 
     value: Float[Tensor, "task_a task_b head"]
     variance: Float[Tensor, "task_a task_b head"]
+    replicates: Float[Tensor, "group task_a task_b head"] | None = None
+
+
+WITHOUT_HEADS = frozenset({"membership", "groups", "num_terms", "step_size", "dropped"})
+"""What the statistics say of the samples, the same at every head."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,7 @@ class SliceStatistics:
         groups: Group of each sample, counted from 0: samples of one group vary together.
         num_terms: Terms that each sample's own loss is the mean of.
         step_size: Length of the step along the update direction.
+        dropped: 1 where a replicate leaves a sample out, with others of its group; None without replicates.
     """
 
     membership: Float[Tensor, "task sample"]
@@ -75,6 +84,18 @@ class SliceStatistics:
     groups: Int[Tensor, sample]
     num_terms: Float[Tensor, sample]
     step_size: float
+    dropped: Float[Tensor, "sample group"] | None = None
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[SliceStatistics]) -> SliceStatistics:
+        """Those of the same samples at several slices, as if these were heads of one."""
+        first = parts[0]
+        per_head: dict[str, Any] = {
+            name: torch.cat([getattr(part, name) for part in parts], dim=-1)
+            for name, value in vars(first).items()
+            if name not in WITHOUT_HEADS and value is not None
+        }
+        return replace(first, **per_head)
 
     @property
     def curvature(self) -> Float[Tensor, "sample task head"]:
@@ -118,11 +139,10 @@ class SliceStatistics:
         """
         as_a, as_b = self._centred(as_a), self._centred(as_b)
         member = self.membership.T.unsqueeze(-1)
-        variances = [
-            self._variance(member[:, a, None] * as_a + member * as_b[:, a, None])
-            for a in range(len(self.count))
-        ]
-        return self._estimate(value, variances)
+        return self._estimate(
+            value,
+            (member[:, a, None] * as_a + member * as_b[:, a, None] for a in range(len(self.count))),
+        )
 
     def left_out_estimate(
         self,
@@ -132,18 +152,40 @@ class SliceStatistics:
         """A score with its sampling variance, from its values without each sample (Tukey 1958)."""
         count = self.of_own_task(self.count)[:, None, None]
         return self._estimate(
-            value, [self._variance(-(count - 1) * self._centred(left_out[:, a])) for a in range(len(value))]
+            value, (-(count - 1) * self._centred(left_out[:, a]) for a in range(len(value)))
         )
 
     def _estimate(
         self,
         value: Float[Tensor, "task_a task_b head"],
-        variances: Sequence[Float[Tensor, "task_b head"]],
+        influences: Iterable[Float[Tensor, "sample task_b head"]],
     ) -> Estimate:
-        variance = torch.stack(list(variances))
+        variances, replicates = [], []
+        for own_value, influence in zip(value, influences, strict=True):
+            variances.append(self._variance(influence))
+            if self.dropped is not None:
+                replicates.append(own_value - self._lost(influence, self.dropped))
         no_data = self.count < MIN_SAMPLES
         no_data = (no_data[:, None] | no_data[None, :]).unsqueeze(-1)
-        return Estimate(value.masked_fill(no_data, torch.nan), variance.masked_fill(no_data, torch.nan))
+        return Estimate(
+            value.masked_fill(no_data, torch.nan),
+            torch.stack(variances).masked_fill(no_data, torch.nan),
+            torch.stack(replicates, dim=1).masked_fill(no_data, torch.nan) if replicates else None,
+        )
+
+    def _lost(
+        self, influence: Float[Tensor, "sample task head"], dropped: Float[Tensor, "sample group"]
+    ) -> Float[Tensor, "group task head"]:
+        r"""What a score loses without each group of samples, to first order.
+
+        .. math:: \sum_{t} \frac{n_t}{n_t - m_t} \sum_{i \in g, \, i \in t} \psi_i
+
+        with the m of the n samples of each task t that are in the group: the infinitesimal jackknife (Jaeckel
+        1972; Efron 1982, chapter 6), in the form that is exact for a mean.
+        """
+        left = self.count[:, None] - self.membership @ dropped
+        weight = dropped * self.of_own_task(self.count[:, None] / left)
+        return torch.tensordot(weight.T, influence, dims=1)
 
     def _variance(self, influence: Float[Tensor, "sample task head"]) -> Float[Tensor, "task head"]:
         r"""Sampling variance of a score, from what each sample moves it by.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qkov_lightning.scores.spans import inner
+from qkov_lightning.scores.spans import SamplesByTask, inner
 
 UpdateDirection = Literal["adam", "sgd"]
 
@@ -71,6 +72,17 @@ class TaskSamples:
     gradient: Float[Tensor, "sample head weight"]
     square: Float[Tensor, "sample head weight"]
     slice_square: Float[Tensor, "sample head"]
+
+
+def task_samples(
+    samples: SamplesByTask,
+    gradient: Float[Tensor, "sample head weight"],
+    square: Float[Tensor, "sample head weight"],
+    slice_square: Float[Tensor, "sample head"],
+) -> Iterator[tuple[slice, TaskSamples]]:
+    """Where the samples of each half of a task stand, and what a direction needs of them."""
+    for task, half, rows in samples.halves:
+        yield rows, TaskSamples(task, half, gradient[rows], square[rows], slice_square[rows])
 
 
 class UpdateDirections:

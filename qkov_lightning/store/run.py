@@ -187,11 +187,14 @@ class RunStore:
 
     def _smaller(self, size: StepSize) -> str:
         """What fits into the budget; the choice is logged."""
-        budget = self._max_bytes // 2  # the other half is for what checkpoints need
+        budget = self._max_bytes // 2
         num_tasks = max(2, len(size.tasks))  # batches may hold one task each
         needed = size.bytes_per_sample * self._max_samples_per_task * num_tasks
-        smaller = sampled_bytes(self._projections) < size.bytes_per_sample
-        chosen, how = ("sampled", "sampled") if needed > budget and smaller else ("factors", "exact")
+        sampled = sampled_bytes(self._projections)
+        chosen = fitting_storage(
+            size.bytes_per_sample, sampled, self._max_samples_per_task, num_tasks, self._max_bytes
+        )
+        how = "exact" if chosen == "factors" else chosen
         rank_zero_info(
             f"InterferenceMonitor: {how} storage; exact gradients take {needed / 2**30:.3g} GiB for "
             f"{self._max_samples_per_task} samples of {num_tasks} tasks, and max_cache_gb={self._max_bytes / 2**30:g} "
@@ -308,6 +311,22 @@ class RunStore:
             self._keep(_loaded(self._coordinates_path()))
         self.chosen = stored if stored == "factors" or self.coordinates else ""
         self._checkpointed, self.is_needed = [(step, self.fisher_step)], True
+
+
+def fitting_storage(
+    exact: int | float, sampled: int | float, num_samples: int, num_tasks: int, max_bytes: int
+) -> Literal["factors", "sampled"]:
+    """Exact storage, unless it exceeds its budget and sampled storage is smaller.
+
+    Args:
+        exact: Bytes of a sample in exact storage.
+        sampled: Bytes of a sample in sampled storage.
+        num_samples: Samples of each task.
+        num_tasks: Tasks.
+        max_bytes: Of the cache; half of it is for what checkpoints need.
+    """
+    too_much = exact * num_samples * num_tasks > max_bytes // 2
+    return "sampled" if too_much and sampled < exact else "factors"
 
 
 def _loaded(path: Path) -> Coordinates:

@@ -38,7 +38,8 @@ from qkov_lightning import (
 from qkov_lightning.drift.drift import DEFAULT_SCORES
 from qkov_lightning.measure.cells import BlockInfo, Layer
 from qkov_lightning.measure.certainty import jackknife_error
-from qkov_lightning.measure.probe import FISHER, MAX_GROUPS
+from qkov_lightning.measure.jackknife import MAX_GROUPS
+from qkov_lightning.measure.probe import FISHER
 from qkov_lightning.scores.scores import HARM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -368,3 +368,30 @@ def test_what_was_delivered_is_let_go_while_the_rest_is_copied(monkeypatch: pyte
     model = grouped(layers=3)
     run(model, lambda: functional.cross_entropy(model(TOKENS), TARGETS))
     assert alive == [3, 1] * 3  # layer by layer: what reads the input of Q, K and V, then O
+
+
+def test_asking_for_the_edges_captures_without_a_gradient_of_any_weight() -> None:
+    """And the backward pass ends at the lowest of the projections that are watched."""
+    model = Classifier([GroupedAttention() for _ in range(3)], width=10).double()
+    upper = [one for one in find_projections(model) if one.layer > 0]
+    reached: list[int] = []
+    for index, layer in enumerate(model.layers):
+        layer.o_proj.register_full_backward_hook(lambda *_, index=index: reached.append(index))
+    with GradientCapture(model, upper, "mean") as capture:
+        capture.start()
+        loss = functional.cross_entropy(model(TOKENS), TARGETS)
+        assert len(capture.edges) == len(upper)
+        torch.autograd.grad(loss, capture.edges)
+        (step,) = capture.finish(lambda: label_samples(TASKS))
+    assert reached == [2, 1]
+    assert all(parameter.grad is None for parameter in model.parameters())
+    expected = batch_of_one_gradients(
+        model,
+        weights_of(model),
+        lambda i: functional.cross_entropy(model(TOKENS[i : i + 1]), TARGETS[i : i + 1]),
+        4,
+    )
+    assert set(step.factors) == {one.module_name for one in upper}
+    for name, factors in step.factors.items():
+        found = dense_gradients(factors).gradient * step.scales[:, None, None]
+        torch.testing.assert_close(found, expected[name], **EXACT)

@@ -297,6 +297,18 @@ def test_what_cannot_be_compared_is_refused(other: Callable, message: str) -> No
         check_drift(baseline, other(baseline))
 
 
+def test_exact_and_linear_replicates_are_not_compared_group_by_group() -> None:
+    """A heatmap that does not say which it has is an older one, whose replicates are exact."""
+    values = {name: torch.stack([score, score + 1.0]) for name, score in make_heatmap().scores.items()}
+    old = replace(make_heatmap(), replicates=values)
+    exact, linear = (replace(old, notes={"replicates": kind}) for kind in ("exact", "linear"))
+    assert not check_drift(old, exact).drifted
+    with pytest.raises(
+        NotComparableError, match=r"with exact replicates, .* linear ones.* replicates='exact'"
+    ):
+        check_drift(exact, linear)
+
+
 def test_one_task_cannot_interfere() -> None:
     heatmap = make_heatmap(tasks=("code",))
     with pytest.raises(NotComparableError, match="needs at least two"):
