@@ -51,8 +51,8 @@ def inspect(
             ``from_pretrained`` folder.
         verify: Also prove on a sample that each slice is the head that the model computes.
         discover: Find the heads from derivatives on a sample, without any name, instead of by names.
-        data: LightningDataModule whose first training sample is taken, for a LightningModule; random tokens or
-            images without it.
+        data: LightningDataModule whose first training sample is taken, for a LightningModule; random tokens
+            or images without it.
         num_tokens: Tokens of a sample, for the estimate of costs.
         num_samples: Samples of each task.
         num_tasks: Tasks.
@@ -65,7 +65,9 @@ def inspect(
     loaded = load_model(model)
     samples = Samples(num_samples, num_tasks, num_tokens)
     batch = _sample_of(loaded, data) if verify or discover else None
-    forward = None if data is None else partial(forward_pass, loaded)
+    forward = (
+        partial(forward_pass, loaded) if data is not None and isinstance(loaded, LightningModule) else None
+    )
     projections = find_projections(loaded, batch, forward=forward) if discover else find_projections(loaded)
     Console().print(describe(loaded, num_tokens, projections))
     speed = Speed.of(next(loaded.parameters()).device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from qkov_lightning.capture.rehearsal import forward_pass, rehearsing
@@ -25,7 +25,7 @@ VERIFY = ("first_batch", "off")
 
 
 class _RunError(RuntimeError):
-    """The training step does not run on one sample."""
+    """The model does not run on one sample."""
 
 
 def place_heads(
@@ -55,29 +55,54 @@ def place_heads(
     """
     if verify == "off":
         return list(projections or named_projections(module))
+
+    def run(sample: Any) -> object:
+        return forward_pass(module, sample)
+
+    with trainer.precision_plugin.train_step_context(), rehearsing(module, evaluation=True):
+        return proven_projections(module, run, batch, projections)
+
+
+def proven_projections(
+    model: nn.Module, run: Callable[[Any], object], batch: Any, projections: Sequence[Projection] | None
+) -> list[Projection]:
+    """The head map of a model, proven on the first sample of a batch.
+
+    Args:
+        model: Left as found.
+        run: Runs it on a batch.
+        batch: The batch.
+        projections: The map, if it is given.
+
+    Returns:
+        The map, each layer with how it was placed: by name where the model does not run on one sample.
+
+    Raises:
+        ArchitectureError: If the heads cannot be placed, or are not where they are said to be.
+    """
     sample = first_sample(batch)
 
-    def run() -> None:
+    def run_sample() -> object:
         try:
-            forward_pass(module, sample)
-            for part in module.modules():  # under FSDP 2 only a backward pass would
+            loss = run(sample)
+            for part in model.modules():  # under FSDP 2 only a backward pass would
                 if isinstance(part, FSDPModule):
                     part.reshard()
+            return loss
         except Exception as error:
             raise _RunError(f"{type(error).__name__}: {error}") from error
 
     try:
-        with trainer.precision_plugin.train_step_context(), rehearsing(module, evaluation=True):
-            return prove_projections(module, run, projections)
+        return prove_projections(model, run_sample, projections)
     except _RunError as error:
         try:
-            named = list(projections or named_projections(module))
+            named = list(projections or named_projections(model))
         except ArchitectureError as unnamed:
             raise ArchitectureError(
-                f"{unnamed} The heads could not be found from derivatives either: the training step does not run on one "
-                f"sample of the batch ({error})."
+                f"{unnamed} The heads could not be found from derivatives either: the model does not run on one sample of the "
+                f"batch ({error})."
             ) from error
-        reason = f"by name, not provable: the training step does not run on one sample of the batch ({error})"
+        reason = f"by name, not provable: the model does not run on one sample of the batch ({error})"
         return [replace(projection, placed=reason) for projection in named]
 
 

@@ -43,14 +43,13 @@ def training_loss(model: nn.Module) -> Loss:
     return loss
 
 
-def forward_pass(model: LightningModule, batch: Any) -> None:
-    """Run a training step up to its first backward pass, or its end.
+def forward_pass(model: LightningModule, batch: Any) -> object:
+    """The loss of a training step; None of a module that optimises by itself.
 
-    A module that optimises by itself meets optimisers that do nothing.
+    Such a module meets optimisers that do nothing, and its step ends at its first backward pass.
     """
     if model.automatic_optimization:
-        training_loss(model)(model, batch)
-        return
+        return training_loss(model)(model, batch)
     takes_index = len(inspect.signature(model.training_step).parameters) > 1
     stand_ins = {"manual_backward": _stop, "optimizers": _NoOptimizer, "lr_schedulers": _NoOptimizer}
     vars(model).update(stand_ins)
@@ -60,6 +59,7 @@ def forward_pass(model: LightningModule, batch: Any) -> None:
     finally:
         for name in stand_ins:
             vars(model).pop(name, None)
+    return None
 
 
 class _ForwardOverError(Exception):

@@ -20,9 +20,9 @@ class Parts:
 
     Attributes:
         heads: Its heads.
-        sources: Identity of the input of the map of each feature.
+        sources: Identities of the inputs of each map.
         outputs: Features of the output projection that carry each head; none without one.
-        origins: Identities of the inputs of all maps before that of each feature.
+        origins: Identities of the inputs of all maps before each map.
         near: Names of maps around it, for messages.
         computed: For scores and values of each softmax, at how many tokens features act whose weights are
             computed.
@@ -33,10 +33,10 @@ class Parts:
     """
 
     heads: list[Head]
-    sources: Mapping[Feature, tuple[int, ...]]
+    sources: Mapping[str, set[tuple[int, ...]]]
     outputs: list[frozenset[Feature]]
     near: list[str]
-    origins: Mapping[Feature, frozenset[tuple[int, ...]]] = field(default_factory=dict)
+    origins: Mapping[str, set[tuple[int, ...]]] = field(default_factory=dict)
     computed: Sequence[tuple[tuple[int, ...], tuple[int, ...]]] = ()
     context: frozenset[int] = frozenset()
     queries_are_keys: bool = False
@@ -82,7 +82,7 @@ def assemble(
     values = [frozenset(f for f, (_, most) in head.values.items() if most > 1) for head in parts.heads]
     if not any(values) and any(head.values for head in parts.heads):
         raise NoHeadsError("the tokens that its softmax runs over are not those whose values it weighs")
-    names_of_values = {parts.sources.get(f) for own in values for f in own}
+    names_of_values = {source for name in _names(_union(values)) for source in parts.sources.get(name, ())}
     placed: dict[Block, Sets] = {
         "Q": _narrowed(queries, "Q", parts, names_of_values),
         "K": _narrowed(keys, "K", parts, names_of_values),
@@ -201,9 +201,11 @@ def _narrowed(sets: Sets, block: Block, parts: Parts, sources_of_values: Collect
     if len(sets) > 1 and any(own - whole for own in sets):
         sets = [own - whole for own in sets]
     if max((len(_names(own)) for own in sets), default=0) > 1:  # positions have a map of their own
-        kept = [frozenset(f for f in own if parts.sources.get(f) in sources_of_values) for own in sets]
+        kept = [
+            frozenset(f for f in own if parts.sources.get(f[0], set()) & {*sources_of_values}) for own in sets
+        ]
         dropped = _union(sets) - _union(kept)
-        of_tokens = any(parts.origins.get(f, frozenset()) & {*sources_of_values} for f in dropped)
+        of_tokens = any(parts.origins.get(name, set()) & {*sources_of_values} for name in _names(dropped))
         sets = kept
         if of_tokens or max((len(_names(own)) for own in sets), default=0) != 1:
             raise NoHeadsError(f"each head of its block {block} is made by several linear maps at once")

@@ -25,7 +25,6 @@ from qkov_lightning.heads.parameter_views import flat
 from qkov_lightning.heads.projections import BLOCKS, Projection
 from qkov_lightning.heads.slots import (
     NAMELESS,
-    Feature,
     Leaf,
     NoAttentionError,
     NoHeadsError,
@@ -145,7 +144,10 @@ class _Discoverer(SoftmaxWatcher):
                 features[column] = (piece.name, feature)
         activation = product.activation
         source = (activation.data_ptr(), *activation.shape, *activation.stride())
-        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source, *self._before(activation))
+        upstream, is_joined = self._before(activation)
+        before = [self._leaf_of[key] for key in upstream if key in self._leaf_of]
+        origins = frozenset(one.source for one in before).union(*(one.origins for one in before))
+        self._leaf_of[id(leaf)] = Leaf(leaf, tuple(features), source, upstream, is_joined, origins)
         return leaf.clone()
 
     def _before(self, activation: Tensor) -> tuple[frozenset[int], bool]:
@@ -245,7 +247,7 @@ class _Discoverer(SoftmaxWatcher):
     def _near(self, softmax: Softmax) -> list[str]:
         """Maps that the scores come from."""
         leaves = (self._leaf_of[key] for key in leaves_of(softmax.scores) if key in self._leaf_of)
-        names = {feature[0] for leaf in leaves for feature in leaf.features}
+        names = {name for leaf in leaves for name in leaf.names}
         return sorted(name for name in names if not name.startswith(NAMELESS))
 
     def _context(self, products: Sequence[Product]) -> tuple[str, tuple[int, ...], Tensor] | None:
@@ -289,7 +291,12 @@ class _Discoverer(SoftmaxWatcher):
         context: tuple[str, tuple[int, ...], Tensor] | None,
     ) -> _Found:
         heads = [head for _, slots in seen for head in slots.heads]
-        sources = {feature: leaf.source for leaf in self._leaf_of.values() for feature in leaf.features}
+        sources: dict[str, set[tuple[int, ...]]] = {}
+        origins: dict[str, set[tuple[int, ...]]] = {}
+        for leaf in self._leaf_of.values():
+            for name in leaf.names:
+                sources.setdefault(name, set()).add(leaf.source)
+                origins.setdefault(name, set()).update(leaf.origins)
         outputs: list[frozenset[tuple[str, int]]] = []
         if context is not None:
             name, axes, whole = context
@@ -303,7 +310,7 @@ class _Discoverer(SoftmaxWatcher):
             sources,
             outputs,
             self._near(seen[0][0]),
-            self._origins(),
+            origins,
             [slots.computed for _, slots in seen],
             context_leaves,
             all(slots.queries_are_keys for _, slots in seen),
@@ -323,17 +330,6 @@ class _Discoverer(SoftmaxWatcher):
         except NoHeadsError as error:
             return _Found(parts, str(error))
         return _Found(parts)
-
-    def _origins(self) -> dict[Feature, frozenset[tuple[int, ...]]]:
-        """Inputs of all maps before that of each feature."""
-        before: dict[int, frozenset[tuple[int, ...]]] = {}
-        found: dict[Feature, frozenset[tuple[int, ...]]] = {}
-        for key, leaf in self._leaf_of.items():  # in the order of the forward pass
-            own = {leaf.source for leaf in (self._leaf_of[k] for k in leaf.upstream if k in self._leaf_of)}
-            before[key] = frozenset(own).union(*(before.get(k, frozenset()) for k in leaf.upstream))
-            for feature in leaf.features:
-                found[feature] = found.get(feature, frozenset()) | before[key]
-        return found
 
     def _prove(
         self, layer: Sequence[Projection], seen: Sequence[tuple[Softmax, Slots]], context: Tensor | None

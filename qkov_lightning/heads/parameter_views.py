@@ -112,6 +112,11 @@ class ParameterViews:
         known = self._followed.get(id(tensor))
         return None if known is None or known[0] is not tensor else known[1]
 
+    def name_of(self, tensor: Tensor) -> str | None:
+        """Name of the parameter that a tensor is, if it is one."""
+        number = self._numbers.get(id(tensor))
+        return None if number is None else self.names[number]
+
     def owner(self, element: int) -> int:
         """Which parameter an element is of."""
         return bisect_right(self._starts, element) - 1

@@ -16,6 +16,9 @@ Block = Literal["Q", "K", "V", "O"]
 JOINED = " + "
 """Between the names of linear maps that together are one projection, as of a module for each head."""
 
+BY_NAME = "by name"
+"""How a layer is placed that nobody has proven."""
+
 BLOCKS: tuple[Block, ...] = ("Q", "K", "V", "O")
 
 
@@ -49,7 +52,7 @@ class Projection:
     query_group: int = 1
     input_axes: tuple[int, ...] | None = None
     also: tuple[Block, ...] = ()
-    placed: str = "by name"
+    placed: str = BY_NAME
 
     def __post_init__(self) -> None:
         where = f"Layer {self.layer} (`{self.layer_name}`), block {self.block}"

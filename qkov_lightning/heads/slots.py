@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 
 import torch
@@ -40,6 +41,7 @@ class Leaf:
         features: What each of its columns is; of no name where its weights are computed from others.
         source: Identity of the input of the product.
         upstream: Identities of the leaves that the input was computed from.
+        origins: Identities of the inputs of all maps before it.
         is_joined: Whether the input is made of products of these, as scores are.
     """
 
@@ -48,11 +50,17 @@ class Leaf:
     source: tuple[int, ...]
     upstream: frozenset[int]
     is_joined: bool = False
+    origins: frozenset[tuple[int, ...]] = frozenset()
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of its maps."""
+        return frozenset(name for name, _ in self.features)
 
     @property
     def is_nameless(self) -> bool:
         """Whether some of its weights are computed from others."""
-        return any(name.startswith(NAMELESS) for name, _ in self.features)
+        return any(name.startswith(NAMELESS) for name in self.names)
 
     @property
     def values(self) -> Float[Tensor, "token column"]:
@@ -138,13 +146,10 @@ def find_heads(
         keys = leaves_of(tensor).keys() & leaf_of.keys()
         leaves = [leaf_of[key] for key in leaves_of(tensor) if key in keys]
         nameless = _Operand(tensor, [leaf for leaf in leaves if leaf.is_nameless])
-        computed[place] = tuple(most for _, most in nameless.tokens(positions, tensor.ndim, {}).values())
+        computed[place] = tuple(nameless.reach(positions))
         own = [leaf for leaf in leaves if not leaf.is_nameless and (inner or not leaf.upstream & keys)]
         operands.append(_Operand(tensor, own))
-    counts = [
-        [most for _, most in operand.tokens(positions, softmax.scores.ndim, {}).values()]
-        for operand in operands
-    ]
+    counts = [operand.reach(positions) for operand in operands]
     reach = [max([*own, *other], default=0) for own, other in zip(counts, computed, strict=False)]
     if len(operands) < 2 or (reach[0] < 2 and reach[1] < 2):
         raise NoAttentionError("no token looks at several others")
@@ -203,21 +208,30 @@ class _Operand:
         )
 
     def tokens(
-        self, positions: Sequence[Mapping[int, int]], ndim: int, slot: Mapping[int, int]
-    ) -> dict[Feature, tuple[int, int]]:
-        """The least and the largest number of tokens at which each feature acts on one query token."""
-        least: dict[Feature, int] = {}
-        most: dict[Feature, int] = {}
+        self, positions: Sequence[Mapping[int, int]], slot: Mapping[int, int]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of each leaf, at how many tokens each column acts on one query token, at least and at most.
+
+        Query tokens on which a column does not act do not count.
+        """
+        counts: list[list[Tensor]] = [[] for _ in self.leaves]
         for position in positions:
             index = {**position, **slot}
-            where = tuple(index.get(axis, slice(None)) for axis in range(ndim))
-            for g, leaf in zip(self.gradients(where), self.leaves, strict=True):
-                counts = (g != 0).sum(dim=0).tolist()
-                for feature, count in zip(leaf.features, counts, strict=True):
-                    if count:
-                        least[feature] = min(least.get(feature, count), count)
-                        most[feature] = max(most.get(feature, 0), count)
-        return {key: (least[key], most[key]) for key in most}
+            where = tuple(index.get(axis, slice(None)) for axis in range(self.tensor.ndim))
+            for own, g in zip(counts, self.gradients(where), strict=True):
+                own.append((g != 0).sum(dim=0).cpu())
+        found = []
+        for own in counts:
+            stacked = torch.stack(own)
+            most = stacked.amax(dim=0)
+            found.append((torch.where(stacked > 0, stacked, most).amin(dim=0), most))
+        return found
+
+    def reach(self, positions: Sequence[Mapping[int, int]]) -> list[int]:
+        """The numbers of tokens at which columns act on one query token."""
+        return sorted({
+            count for _, most in self.tokens(positions, {}) for count in most.unique().tolist() if count
+        })
 
 
 def _at(ndim: int, axes: Sequence[int], slot: Sequence[int]) -> tuple[slice | int, ...]:
@@ -312,11 +326,15 @@ def _grouped(
         if len(head.slots) > 1:
             continue
         at = dict(zip(axes, slot, strict=True))
-        for operand, own_features, target in zip(
-            operands, features, (head.scores, head.values), strict=False
-        ):
-            counts = operand.tokens(positions, len(shape), at)
-            target |= {feature: counts.get(feature, (0, 0)) for feature in own_features}
+        for operand, target in zip(operands, (head.scores, head.values), strict=False):
+            counts = operand.tokens(positions, at)
+            for columns, leaf, (least, most) in zip(
+                sets[operands.index(operand)], operand.leaves, counts, strict=True
+            ):
+                for column in columns.nonzero().flatten().tolist():
+                    feature = leaf.features[column]
+                    few, many = target.get(feature, (int(least[column]), 0))
+                    target[feature] = (min(few, int(least[column]) or few), max(many, int(most[column])))
             _check_whole(operand, sets[operands.index(operand)], {**positions[0], **at}, scores)
     sizes = {len(head.slots) for head in heads.values()}
     if len(sizes) != 1:

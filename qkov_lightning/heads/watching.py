@@ -210,6 +210,12 @@ class MapWatcher(TorchFunctionMode):
     ) -> Tensor:
         if func is functional.linear:  # learned queries are a parameter, too
             args, kwargs = (*args, *(kwargs[name] for name in ("input", "weight")[len(args) :]))[:2], {}
+            name = self._views.name_of(args[1])
+            if name is not None and args[1].ndim == 2:  # the usual case, without a look at every element
+                piece = _whole_piece(self._aliases.get(name, name), *args[1].shape)
+                product = Product(self._sample_first(args[0]), self._sample_first(output), (piece,))
+                (seen,) = self._on_products([product])
+                return output if seen is None else self._as_found(seen, output).contiguous()
             numbered = [None, self._views.elements(args[1])]
         else:
             numbered = [self._views.elements(value) for value in args]
@@ -287,7 +293,8 @@ class MapWatcher(TorchFunctionMode):
             inputs, outputs = _index(own[:, 0], shape), _index(own[0], shape)
             along_inputs = [i for i in range(len(shape)) if len(inputs[:, i].unique()) > 1]
             along_outputs = [i for i in range(len(shape)) if len(outputs[:, i].unique()) > 1]
-            if set(along_inputs) & set(along_outputs) or len(own.unique()) != own.numel():
+            repeats = len(own[0].unique()) < own.shape[1] or len(own[:, 0].unique()) < len(own)
+            if repeats or set(along_inputs) & set(along_outputs):
                 continue
             outputs[:, along_inputs], inputs[:, along_outputs] = -1, -1
             yield Piece(self._aliases.get(name, name), columns, tuple(shape), outputs, inputs)

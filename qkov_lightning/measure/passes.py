@@ -257,6 +257,17 @@ def _starts(samples: ProbeSamples) -> list[list[tuple[Samples, int]]]:
     return starts
 
 
+def first_batch(probe: Probe) -> Any:
+    """The first batch of a probe.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    for batch in _batches(probe):
+        return batch
+    raise ValueError("The probe holds no batch, expected at least two samples of each task.")
+
+
 def _batches(probe: Probe) -> Iterator[Any]:
     """The batches of all loaders, whose own generators are left as they were.
 

@@ -18,12 +18,13 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from qkov_lightning.capture.first_batch import VERIFY, Verify, proven_projections
 from qkov_lightning.capture.reductions import ReductionChoice
-from qkov_lightning.capture.rehearsal import Loss, training_loss
+from qkov_lightning.capture.rehearsal import Loss, rehearsing, to_device, training_loss
 from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
-from qkov_lightning.heads.projections import BLOCKS, Projection, num_heads, num_layers
+from qkov_lightning.heads.projections import BLOCKS, BY_NAME, Projection, num_heads, num_layers
 from qkov_lightning.measure.allotment import (
     Replicates,
     SweptHeads,
@@ -37,7 +38,7 @@ from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.jackknife import MAX_GROUPS, num_groups_of, rounded
 from qkov_lightning.measure.measurement import check_size, described_layers
 from qkov_lightning.measure.pairs import hot_cells
-from qkov_lightning.measure.passes import OtherSamplesError, Probe, ProbePasses, ProbeSamples
+from qkov_lightning.measure.passes import OtherSamplesError, Probe, ProbePasses, ProbeSamples, first_batch
 from qkov_lightning.measure.sweeps import Found, ProbeSweeps, held_pairs
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings, check_values
@@ -68,6 +69,7 @@ def probe_interference(
     group_of: str | Callable[[Any], Any] = "group",
     sample_text_of: str | Callable[[Any], Any] | None = None,
     projections: Sequence[Projection] | None = None,
+    verify: Verify = "first_batch",
     settings: ScoreSettings = ScoreSettings(),
     processes: Processes = Processes(),
     max_memory_gb: float = MAX_MEMORY_GB,
@@ -92,7 +94,10 @@ def probe_interference(
         group_of: The same for the group of each sample (its document, its user), which is left out as a
             whole.
         sample_text_of: The same for a text of each sample, whose beginning is shown beside its identifier.
-        projections: Head map; found by ``find_projections`` by default.
+        projections: Head map; by default the one that names give, or derivatives where names are wrong or
+            unknown.
+        verify: "first_batch" proves the head map on the first sample of the first batch, "off" leaves that
+            out.
         settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
         processes: Those that measure together. Each runs all samples and takes the sums of some layers, so
             that the result is that of one process to the last bit; the more there are, the fewer sweeps.
@@ -108,19 +113,28 @@ def probe_interference(
     Raises:
         ValueError: If the probe shuffles, is empty, repeats a sample or changes from pass to pass, if there
             is no loss, if a gradient is not finite, or if ``max_memory_gb`` does not hold even a few heads.
+        ArchitectureError: If the heads cannot be placed, or are not where they are said to be.
     """
     check_values(
         "probe_interference",
         ("max_memory_gb", max_memory_gb, max_memory_gb > 0, "a positive number"),
         ("replicates", replicates, replicates in {"auto", "exact", "linear"}, "auto, exact or linear"),
+        ("verify", verify, verify in VERIFY, "first_batch or off"),
     )
-    projections = list(projections or find_projections(model))
+    step_loss = loss or training_loss(model)
+    is_proven = projections is not None and all(one.placed != BY_NAME for one in projections)
+    if verify == "off" or is_proven:
+        projections = list(projections or find_projections(model))
+    else:
+        with rehearsing(model, evaluation=True):
+            batch = to_device(model, first_batch(probe), next(model.parameters()).device)
+            projections = proven_projections(model, partial(step_loss, model), batch, projections)
 
     def labels(batch: Any) -> Labels:
         sources = (task_of, sample_id_of, num_target_tokens_of, "token_samples", group_of, sample_text_of)
         return replace(read_labels(batch, *sources), numbered=True)
 
-    passes = ProbePasses(model, probe, loss or training_loss(model), loss_reduction, labels)
+    passes = ProbePasses(model, probe, step_loss, loss_reduction, labels)
     measuring = _Measuring(
         passes, model, projections, settings, processes, int(max_memory_gb * 2**30), replicates
     )
