@@ -1,9 +1,8 @@
-"""Heads of a model of TransformerLens, found from one batch: no module, no name, no config says where they
-are.
+"""Heads of a model of TransformerLens, found from one batch: no name and no config says where they are.
 
-Up to TransformerLens 3, a ``HookedTransformer`` holds its weights as parameters, ``W_Q[head, d_model,
-d_head]``; from 3 on, a ``TransformerBridge`` wraps a model of Hugging Face. Both train with the monitor like
-any other model:
+Up to TransformerLens 3, a ``HookedTransformer`` holds its weights as parameters,
+``W_Q[head, d_model, d_head]``; from 3 on, a ``TransformerBridge`` wraps a model of Hugging Face. Both train with
+the monitor like any other model:
 
     pip install transformer-lens
     python examples/transformer_lens_model.py
@@ -25,6 +24,14 @@ from qkov_lightning import InterferenceMonitor
 
 VOCABULARY, TOKENS = 30, 12
 TASKS = ("copy", "reverse")
+
+
+def has_hooked() -> bool:
+    """Whether this version has a HookedTransformer."""
+    try:
+        return transformer_lens.HookedTransformer is not None
+    except (ImportError, AttributeError):
+        return False
 
 
 def hooked() -> nn.Module:
@@ -54,10 +61,10 @@ def bridged() -> nn.Module:
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="0"))
-    with tempfile.TemporaryDirectory() as folder:
-        special = {"bos_token": "0", "eos_token": "1", "pad_token": "1"}
-        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    folder = tempfile.mkdtemp()  # the bridge reads it once more
+    special = {"bos_token": "0", "eos_token": "1", "pad_token": "1"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     return TransformerBridge.boot_transformers(
         "gpt2", hf_model=GPT2LMHeadModel(config), tokenizer=tokenizer, device="cpu"
@@ -99,7 +106,7 @@ def main(folder: str = "runs/transformer_lens", network: nn.Module | None = None
         accelerator="cpu",
         enable_checkpointing=False,
     )
-    network = network or (hooked() if hasattr(transformer_lens, "HookedTransformerConfig") else bridged())
+    network = network or (hooked() if has_hooked() else bridged())
     trainer.fit(Language(network), DataLoader(samples(), batch_size=8))
     return monitor
 

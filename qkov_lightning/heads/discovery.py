@@ -374,6 +374,8 @@ class _Discoverer(SoftmaxWatcher):
                 start += self._widths.get(name, 0)
             own = []
             for leaf in self._leaf_of.values():
+                if not leaf.names & starts.keys():
+                    continue
                 places = [
                     (column, starts[feature[0]] + feature[1])
                     for column, feature in enumerate(leaf.features)

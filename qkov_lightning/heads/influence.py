@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -73,6 +74,7 @@ def slice_influence(
     return (moved / possible.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
 
 
+@lru_cache(maxsize=64)
 def _rotations(size: int) -> Float[Tensor, "2 rotation {size}"] | None:
     """Pairs of random directions that keep the sum; None below 3 features, where no rotation does."""
     if size < 3:

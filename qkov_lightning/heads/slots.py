@@ -326,8 +326,11 @@ def _grouped(
         if len(head.slots) > 1:
             continue
         at = dict(zip(axes, slot, strict=True))
+        # A feature is the same for all heads: each looks at some query tokens, together at all of them.
+        some = positions if len(slots) < NUM_POSITIONS else positions[len(heads) % len(positions) :][:1]
+        looks = [*some, positions[-1]]
         for operand, target in zip(operands, (head.scores, head.values), strict=False):
-            counts = operand.tokens(positions, at)
+            counts = operand.tokens(looks, at)
             for columns, leaf, (least, most) in zip(
                 sets[operands.index(operand)], operand.leaves, counts, strict=True
             ):
