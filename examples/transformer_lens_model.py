@@ -1,8 +1,8 @@
 """Heads of a model of TransformerLens, found from one batch: no name and no config says where they are.
 
 Up to TransformerLens 3, a ``HookedTransformer`` holds its weights as parameters,
-``W_Q[head, d_model, d_head]``; from 3 on, a ``TransformerBridge`` wraps a model of Hugging Face. Both train with
-the monitor like any other model:
+``W_Q[head, d_model, d_head]``; from 3 on, a ``TransformerBridge`` wraps a model of Hugging Face. Both train
+with the monitor like any other model:
 
     pip install transformer-lens
     python examples/transformer_lens_model.py

@@ -17,6 +17,7 @@ from .heads.inspection import describe as describe
 from .heads.projections import Block as Block
 from .heads.projections import Projection as Projection
 from .heads.projections import contiguous_heads as contiguous_heads
+from .heads.proof import HeadMapWarning as HeadMapWarning
 from .heads.shapes import ArchitectureError as ArchitectureError
 from .heads.verification import CellCheck as CellCheck
 from .heads.verification import Verification as Verification
