@@ -24,7 +24,7 @@ from qkov_lightning.heads.placement import (
     placement_of,
     resolve,
 )
-from qkov_lightning.heads.projections import BLOCKS, Projection, check_unique
+from qkov_lightning.heads.projections import BLOCKS, Block, Projection, check_unique
 from qkov_lightning.heads.shapes import ArchitectureError, how_to_register, is_linear, unknown
 
 Recogniser = Callable[[nn.Module], HeadMap]
@@ -139,14 +139,18 @@ def projections_of(model: nn.Module, name: str, head_map: HeadMap, layer: int = 
     """
     num_query_heads = head_map["Q"][1].shape[0] if "Q" in head_map else 0
     result = []
+    is_shared = "K" in head_map and head_map.get("V") is head_map["K"]
     for block in BLOCKS:
-        if block not in head_map:
+        if block not in head_map or (block == "V" and is_shared):
             continue
         path, features = head_map[block]
         module_name = resolve(name, path)
         model.get_submodule(module_name)
         group = max(1, num_query_heads // features.shape[0])
-        result.append(Projection(module_name, layer, _label(name), block, features.to(torch.int64), group))
+        also: tuple[Block, ...] = ("V",) if block == "K" and is_shared else ()
+        result.append(
+            Projection(module_name, layer, _label(name), block, features.to(torch.int64), group, also=also)
+        )
     return result
 
 

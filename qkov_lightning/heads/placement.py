@@ -117,6 +117,8 @@ def _place_separate(model: nn.Module, name: str, module: nn.Module, names: tuple
     if rows_kv[1:]:
         value_dim = divide(name, names[2], rows_kv[1], kv_heads)
         head_map["V"] = (names[2], contiguous_heads(kv_heads, value_dim))
+    elif rows_kv:  # the values are the keys
+        head_map["V"] = head_map["K"]
     head_map["O"] = (output, _output_heads(model, name, module, output, heads, value_dim))
     return head_map
 

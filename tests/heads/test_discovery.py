@@ -199,3 +199,19 @@ def test_keys_and_values_of_other_sizes_are_found_in_torch_attention() -> None:
         model, batch, loss=lambda m, b: m(*b).square().mean(), loss_reduction="mean", projections=projections
     )
     assert verification.passed, verification.summary
+
+
+def test_keys_that_are_values_are_named_as_both_and_proven_as_both() -> None:
+    model = hub.gemma(
+        family="gemma4_text",
+        num_kv_shared_layers=0,
+        attention_k_eq_v=True,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+    )
+    shared = [p for p in find_projections(model) if p.also]
+    assert shared
+    assert {(p.block, p.also) for p in shared} == {("K", ("V",))}
+    batch = {"input_ids": hub.TOKENS}
+    assert verify_projections(model, batch).passed
+    assert facts(find_projections(model, batch)) == facts(find_projections(model))
