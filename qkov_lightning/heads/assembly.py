@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from qkov_lightning.heads.leaves import Feature, NoHeadsError
 from qkov_lightning.heads.projections import JOINED, Block, Projection
-from qkov_lightning.heads.slots import Feature, Head, NoHeadsError
+from qkov_lightning.heads.slots import Head
 
 Sets = Sequence[frozenset[Feature]]
 """Features of each head."""

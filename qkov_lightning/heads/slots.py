@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qkov_lightning.heads.leaves import Feature, Leaf, NoAttentionError, NoHeadsError, Operand
 from qkov_lightning.heads.signatures import acting
 from qkov_lightning.heads.softmaxes import Softmax, leaves_of
 
@@ -22,58 +22,6 @@ NUM_POSITIONS = 6
 
 MASKED = 1e4
 """A score below minus this is the mask's."""
-
-NAMELESS = "(computed)"
-"""Begins the name of a weight that is computed from others."""
-
-Feature = tuple[str, int]
-"""Name of a linear map, and one of its features."""
-
-FeatureSets = frozenset[Feature]
-
-
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """The output of one product, cut out of the graph.
-
-    Attributes:
-        tensor: The output.
-        features: What each of its columns is; of no name where its weights are computed from others.
-        source: Identity of the input of the product.
-        upstream: Identities of the leaves that the input was computed from.
-        origins: Identities of the inputs of all maps before it.
-        is_joined: Whether the input is made of products of these, as scores are.
-    """
-
-    tensor: Float[Tensor, "*token column"]
-    features: tuple[Feature, ...]
-    source: tuple[int, ...]
-    upstream: frozenset[int]
-    is_joined: bool = False
-    origins: frozenset[tuple[int, ...]] = frozenset()
-
-    @cached_property
-    def names(self) -> frozenset[str]:
-        """Names of its maps."""
-        return frozenset(name for name, _ in self.features)
-
-    @property
-    def is_nameless(self) -> bool:
-        """Whether some of its weights are computed from others."""
-        return any(name.startswith(NAMELESS) for name in self.names)
-
-    @property
-    def values(self) -> Float[Tensor, "token column"]:
-        """Its columns."""
-        return self.tensor.detach().reshape(-1, self.tensor.shape[-1])
-
-
-class NoHeadsError(ValueError):
-    """A softmax that has no heads, or none that can be told apart."""
-
-
-class NoAttentionError(NoHeadsError):
-    """A softmax that is no attention over tokens."""
 
 
 @dataclass
@@ -145,10 +93,10 @@ def find_heads(
     for place, tensor in enumerate(tensors):
         keys = leaves_of(tensor).keys() & leaf_of.keys()
         leaves = [leaf_of[key] for key in leaves_of(tensor) if key in keys]
-        nameless = _Operand(tensor, [leaf for leaf in leaves if leaf.is_nameless])
+        nameless = Operand(tensor, [leaf for leaf in leaves if leaf.is_nameless])
         computed[place] = tuple(nameless.reach(positions))
         own = [leaf for leaf in leaves if not leaf.is_nameless and (inner or not leaf.upstream & keys)]
-        operands.append(_Operand(tensor, own))
+        operands.append(Operand(tensor, own))
     counts = [operand.reach(positions) for operand in operands]
     reach = [max([*own, *other], default=0) for own, other in zip(counts, computed, strict=False)]
     if len(operands) < 2 or (reach[0] < 2 and reach[1] < 2):
@@ -172,68 +120,6 @@ def find_heads(
     return Slots(axes, heads, (computed[0], computed[1]), are_keys)
 
 
-class _Operand:
-    """Scores or values, with the leaves that they were computed from."""
-
-    def __init__(self, tensor: Tensor, leaves: Sequence[Leaf]) -> None:
-        self.tensor, self.leaves = tensor, leaves
-        generator = torch.Generator().manual_seed(0)
-        self._direction = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-
-    def gradients(self, where: tuple[slice | int, ...]) -> list[Float[Tensor, "token column"]]:
-        """Derivatives, with respect to each leaf, of what lies there in a random direction."""
-        if not self.leaves:
-            return []
-        cotangent = torch.zeros_like(self.tensor)
-        cotangent[where] = self._direction[where]
-        found = torch.autograd.grad(
-            self.tensor,
-            [leaf.tensor for leaf in self.leaves],
-            cotangent,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return [
-            torch.zeros_like(leaf.values) if g is None else g.detach().reshape(leaf.values.shape)
-            for g, leaf in zip(found, self.leaves, strict=True)
-        ]
-
-    def signature(
-        self, where: tuple[slice | int, ...], normalised: Callable[[int], bool]
-    ) -> tuple[Tensor, ...]:
-        """Columns of each leaf that move what lies there."""
-        return tuple(
-            acting(g, leaf.values, normalised(i)).cpu()
-            for i, (g, leaf) in enumerate(zip(self.gradients(where), self.leaves, strict=True))
-        )
-
-    def tokens(
-        self, positions: Sequence[Mapping[int, int]], slot: Mapping[int, int]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Of each leaf, at how many tokens each column acts on one query token, at least and at most.
-
-        Query tokens on which a column does not act do not count.
-        """
-        counts: list[list[Tensor]] = [[] for _ in self.leaves]
-        for position in positions:
-            index = {**position, **slot}
-            where = tuple(index.get(axis, slice(None)) for axis in range(self.tensor.ndim))
-            for own, g in zip(counts, self.gradients(where), strict=True):
-                own.append((g != 0).sum(dim=0).cpu())
-        found = []
-        for own in counts:
-            stacked = torch.stack(own)
-            most = stacked.amax(dim=0)
-            found.append((torch.where(stacked > 0, stacked, most).amin(dim=0), most))
-        return found
-
-    def reach(self, positions: Sequence[Mapping[int, int]]) -> list[int]:
-        """The numbers of tokens at which columns act on one query token."""
-        return sorted({
-            count for _, most in self.tokens(positions, {}) for count in most.unique().tolist() if count
-        })
-
-
 def _at(ndim: int, axes: Sequence[int], slot: Sequence[int]) -> tuple[slice | int, ...]:
     index = dict(zip(axes, slot, strict=True))
     return tuple(index.get(axis, slice(None)) for axis in range(ndim))
@@ -252,7 +138,7 @@ def _positions(scores: Tensor) -> list[dict[int, int]]:
     ]
 
 
-def _axes_of_heads(operands: Sequence[_Operand], shape: Sequence[int], normalised: bool) -> tuple[int, ...]:
+def _axes_of_heads(operands: Sequence[Operand], shape: Sequence[int], normalised: bool) -> tuple[int, ...]:
     """Axes along which other features act from place to place."""
     axes = []
     for axis in range(len(shape) - 1):
@@ -271,7 +157,7 @@ def _axes_of_heads(operands: Sequence[_Operand], shape: Sequence[int], normalise
 
 
 def _columns(
-    operands: Sequence[_Operand], where: tuple[slice | int, ...], normalised: Callable[[int], bool]
+    operands: Sequence[Operand], where: tuple[slice | int, ...], normalised: Callable[[int], bool]
 ) -> frozenset[tuple[int, Feature]]:
     return frozenset(
         (o, leaf.features[column])
@@ -283,7 +169,7 @@ def _columns(
 
 def _grouped(
     number: int,
-    operands: Sequence[_Operand],
+    operands: Sequence[Operand],
     axes: tuple[int, ...],
     scores: Tensor,
     positions: Sequence[Mapping[int, int]],
@@ -345,7 +231,7 @@ def _grouped(
     return tuple(heads.values())
 
 
-def _queries_are_keys(operand: _Operand, position: Mapping[int, int], scores: Tensor) -> bool:
+def _queries_are_keys(operand: Operand, position: Mapping[int, int], scores: Tensor) -> bool:
     """Whether a score is a product of a map's output at one token with its output at another."""
     where = tuple(position[axis] for axis in range(scores.ndim - 1))
     for key in range(min(scores.shape[-1], NUM_POSITIONS)):
@@ -369,7 +255,7 @@ def _queries_are_keys(operand: _Operand, position: Mapping[int, int], scores: Te
 
 
 def _check_whole(
-    operand: _Operand, sets: Sequence[Tensor], position: Mapping[int, int], scores: Tensor
+    operand: Operand, sets: Sequence[Tensor], position: Mapping[int, int], scores: Tensor
 ) -> None:
     """Refuse features that are places: one query and one key meet in all features of a head, or none.
 
