@@ -171,18 +171,17 @@ def _roles(parts: Parts) -> tuple[Sets, Sets, bool]:
             most[feature] = max(most.get(feature, many), many)
     computed = [count for own, _ in parts.computed for count in own]
     fewest = min([*least.values(), *computed], default=1)  # where queries are pooled, more than one
-    if fewest == max(
-        most.values(), default=1
-    ):  # nothing to compare with: learned queries, or one pooled token
+    # Nothing to compare with: learned queries, or one pooled token.
+    if fewest == max(most.values(), default=1):
         fewest = 1
     one = {f for f in most if least[f] <= fewest}
     several = {f for f in most if most[f] > fewest}
     only_one, only_several, both = one - several, several - one, one & several
     if parts.queries_are_keys and not only_one:  # without a mask a token sees itself among all others
         both, only_several = both | only_several, set()
-    is_shared = bool(both) and not only_one and not only_several
+    is_shared = bool(both) and not only_one and not only_several and (fewest == 1 or parts.queries_are_keys)
     queries, keys = set(only_one), set(only_several)
-    if is_shared or (both and not only_one):
+    if is_shared or (both and only_several and not only_one):
         queries = both
     elif both and not only_several:
         keys = both

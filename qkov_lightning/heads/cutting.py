@@ -48,6 +48,10 @@ class GraphCutter(SoftmaxWatcher):
                 hook = on_call(name, module, self._products)
                 handles.append(module.register_forward_pre_hook(self._enter, prepend=True))
                 handles.append(module.register_forward_hook(self._leave(hook), with_kwargs=True))
+            elif isinstance(module, nn.RNNBase):
+                handles.append(
+                    module.register_forward_hook(lambda _module, _args, output: self._cut_all(output))
+                )
         try:
             with self:
                 yield

@@ -23,7 +23,7 @@ from qkov_lightning.heads.leaves import NAMELESS, NoAttentionError, NoHeadsError
 from qkov_lightning.heads.maps import untouched
 from qkov_lightning.heads.projections import BLOCKS, Projection
 from qkov_lightning.heads.slots import Slots, context_features, find_heads
-from qkov_lightning.heads.softmaxes import Softmax, leaves_of
+from qkov_lightning.heads.softmaxes import Softmax, leaves_of, trace
 from qkov_lightning.heads.watching import Product
 
 Run = Callable[[], object]
@@ -74,6 +74,14 @@ class _Discoverer(GraphCutter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._found: list[_Found] = []
+
+    def _note_squashed(self, name: str, output: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            seen = trace(output)
+            if seen.is_joined and not any(key not in self._leaf_of for key in seen.leaves):
+                near = {one for key in seen.leaves for one in self._leaf_of[key].names}
+                parts = Parts([], {}, [], sorted(one for one in near if not one.startswith(NAMELESS)))
+                self._found.append(_Found(parts, f"its scores pass through `{name}` in place of a softmax"))
 
     def _close(self, softmaxes: Sequence[Softmax], products: Sequence[Product]) -> None:
         found = self._read_all(softmaxes, products, inner=True)

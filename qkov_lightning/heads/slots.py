@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qkov_lightning.heads.leaves import Feature, Leaf, NoAttentionError, NoHeadsError, Operand
 from qkov_lightning.heads.signatures import acting
-from qkov_lightning.heads.softmaxes import Softmax, leaves_of
+from qkov_lightning.heads.softmaxes import Softmax, leaves_of, trace
 
 MAX_SLOTS = 1024
 """Places along the axes of the heads, samples included where they share an axis."""
@@ -107,6 +107,10 @@ def find_heads(
         )
     if not operands[0].leaves:
         raise NoHeadsError("its scores come from no linear map with a weight of its own")
+    if any(trace(tensor).is_hidden for tensor in tensors):
+        raise NoHeadsError(
+            "a function with a derivative of its own hides a weight before its scores or values"
+        )
     if any(leaf.is_joined for leaf in operands[0].leaves):
         raise NoHeadsError("a weight changes its scores after queries have met keys: the heads are mixed")
     normalised = False

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from qkov_lightning.heads.contraction import MATMULS
@@ -29,6 +29,10 @@ SOFTMAXES = (
     functional.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.special.log_softmax,
 )  # fmt: skip
 """Functions that make probabilities, or their logarithms, which carry the same."""
+
+
+SQUASHES = (torch.exp, Tensor.exp, torch.sigmoid, Tensor.sigmoid, functional.sigmoid)
+"""Functions that some attention uses in place of a softmax."""
 
 
 @dataclass(eq=False)
@@ -74,7 +78,12 @@ class SoftmaxWatcher(MapWatcher):
                 return self._softmax(args[0] if args else kwargs["input"], output, dim)
             if func in MATMULS or func is torch.einsum:
                 self._note_weighted(args, output)
+            elif func in SQUASHES and isinstance(output, Tensor) and output.requires_grad:
+                self._note_squashed(func.__name__, output)
         return output
+
+    def _note_squashed(self, name: str, output: Tensor) -> None:
+        """An exponential or a sigmoid, which some use in place of a softmax."""
 
     def _note_weighted(self, args: tuple[Any, ...], output: Tensor) -> None:
         softmax = self.softmaxes[-1] if self.softmaxes else None
@@ -140,10 +149,12 @@ class Trace:
     Attributes:
         leaves: The leaves of the autograd graph that it was computed from, by identity.
         is_joined: Whether a product of two of them is on the way.
+        is_hidden: Whether a function of the user's own with a weight is on the way.
     """
 
     leaves: dict[int, Tensor]
     is_joined: bool
+    is_hidden: bool = False
 
 
 def trace(tensor: Tensor) -> Trace:
@@ -151,7 +162,7 @@ def trace(tensor: Tensor) -> Trace:
     if tensor.is_leaf:
         return Trace({id(tensor): tensor} if tensor.requires_grad else {}, False)
     found: dict[int, Tensor] = {}
-    is_joined = False
+    is_joined = is_hidden = False
     seen: set[Any] = set()
     waiting: list[Any] = [tensor.grad_fn]
     while waiting:
@@ -164,8 +175,11 @@ def trace(tensor: Tensor) -> Trace:
             found[id(variable)] = variable
         following = [one for one, _ in node.next_functions if one is not None]
         is_joined |= node.name() in MATRIX_PRODUCTS and len(following) > 1
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            saved = node.saved_tensors
+            is_hidden |= any(isinstance(one, nn.Parameter) and one.ndim > 1 for one in saved)
         waiting += following
-    return Trace(found, is_joined)
+    return Trace(found, is_joined, is_hidden)
 
 
 def leaves_of(tensor: Tensor) -> dict[int, Tensor]:

@@ -91,8 +91,8 @@ class Product:
         pieces: What its columns are.
     """
 
-    activation: Shaped[Tensor, "*token input"]
-    output: Shaped[Tensor, "*token output"]
+    activation: Shaped[Tensor, "... input"]
+    output: Shaped[Tensor, "... output"]
     pieces: tuple[Piece, ...]
 
 
