@@ -237,7 +237,7 @@ def test_a_probe_is_that_of_the_processor(has_float64: bool, monkeypatch: pytest
 
     expected = probe_interference(network(num_layers=1), loader(4), loss=loss)
     with SimulatedDevice(has_float64):
-        found = probe_interference(network(num_layers=1).to(DEVICE), loader(4), loss=loss)
+        found = probe_interference(network(num_layers=1).to(DEVICE), loader(4), loss=loss, verify="off")
     for score, values in expected.scores.items():
         torch.testing.assert_close(found.scores[score], values, equal_nan=True)
         torch.testing.assert_close(

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel
 
 from qkov_lightning import describe
 from qkov_lightning.cli import main
-from qkov_lightning.heads.architectures import find_projections
+from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.inspection import (
     cache_bytes_per_sample,
     covered_parameters,

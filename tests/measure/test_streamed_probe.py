@@ -114,7 +114,10 @@ def assert_equal_scores(
     found: InterferenceHeatmap, expected: InterferenceHeatmap, rtol: float = 1e-9, atol: float = 1e-12
 ) -> None:
     assert found.tasks == expected.tasks
-    assert found.layers == expected.layers
+    # Only the probe has proven them.
+    assert [(one.name, one.blocks) for one in found.layers] == [
+        (one.name, one.blocks) for one in expected.layers
+    ]
     assert torch.equal(found.num_samples, expected.num_samples)
     for score in SCORES:
         torch.testing.assert_close(
@@ -326,8 +329,6 @@ def test_augmented_samples_are_the_same_in_every_pass() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_memory_gb holds the sums of 4 weights .* Raise max_memory_gb"):
         probe_interference(made(), batches(), loss=loss, max_memory_gb=1e-6, replicates="linear")
-    with pytest.raises(ValueError, match="replicates is 'both', expected auto, exact or linear"):
-        probe_interference(made(), batches(), loss=loss, replicates="both")
     with pytest.raises(ValueError, match="max_memory_gb is 0, expected a positive number"):
         probe_interference(made(), batches(), loss=loss, max_memory_gb=0)
 
