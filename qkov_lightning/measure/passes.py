@@ -6,6 +6,7 @@ batches and the same gradients as the one before. A batch that comes out otherwi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from qkov_lightning.capture.factors import CapturedStep
+from qkov_lightning.capture.reading import summing_device
 from qkov_lightning.capture.reductions import ReductionChoice
 from qkov_lightning.capture.rehearsal import Loss, rehearsing, reseed, to_device
 from qkov_lightning.capture.samples import Labels, Samples
@@ -85,6 +87,10 @@ class ProbePasses:
         loss: Loss of the model on a batch.
         loss_reduction: How the loss joins the samples of a batch.
         labels: Labels of a batch.
+
+    Attributes:
+        device: Where the model runs.
+        summing_device: Where the arithmetic of the scores runs.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class ProbePasses:
         self._contents: list[bytes] = []
         self._samples: ProbeSamples | None = None
         self.device = next(model.parameters()).device
+        self.summing_device = summing_device(self.device)
 
     def look(self) -> ProbeSamples | None:
         """Who the samples are, without a forward pass; None where only a forward pass can tell.
@@ -174,7 +181,7 @@ class ProbePasses:
             for step in captured:
                 if _key(step.samples) not in places:
                     raise OtherSamplesError
-                with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                with torch.no_grad(), without_autocast(self.device):
                     visit(places[_key(step.samples)], step)
 
         self._pass(projections, hand_over)
@@ -255,6 +262,13 @@ def _starts(samples: ProbeSamples) -> list[list[tuple[Samples, int]]]:
             count += len(one)
         starts.append(own)
     return starts
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The arithmetic of the scores is not the model's: no mixed precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def first_batch(probe: Probe) -> Any:

@@ -30,7 +30,7 @@ from qkov_lightning.measure.allotment import Replicates, SweptHeads
 from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.jackknife import left_out_together, unit_numbers
 from qkov_lightning.measure.pairs import pairs_of_head
-from qkov_lightning.measure.passes import ProbePasses, ProbeSamples
+from qkov_lightning.measure.passes import ProbePasses, ProbeSamples, without_autocast
 from qkov_lightning.scores.reduction import Deal, SliceReduction
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings
@@ -83,7 +83,7 @@ class ProbeSweeps:
     ) -> None:
         self._passes, self._settings, self._together = passes, settings, together
         self._num_batches, self._with_influence = len(samples.steps), replicates != "exact"
-        device = passes.device
+        device = passes.summing_device
         tasks = sorted(set(samples.tasks))
         indices = torch.tensor([tasks.index(task) for task in samples.tasks], device=device)
         units = unit_numbers(samples.tasks, samples.ids, samples.groups).to(device)
@@ -109,7 +109,7 @@ class ProbeSweeps:
             reductions: dict[int, list[SliceReduction]] = {}
             for stage in stages:
                 reduce = partial(self._reduce, reductions, stage)
-                stream = _Stream(sweep, reduce, self._together, self._passes.device)
+                stream = _Stream(sweep, reduce, self._together, self._passes.summing_device)
                 missed = self._passes.run([heads.projection for heads in sweep], partial(self._visit, stream))
                 stream.flush()
                 unseen -= set(range(self._num_batches)) - missed
@@ -226,7 +226,7 @@ class _Stream:
         """Hand over what waits."""
         for place in sorted(self._waiting):
             blocks, where = zip(*self._waiting.pop(place), strict=True)
-            with torch.no_grad(), torch.autocast(self._device.type, enabled=False):
+            with torch.no_grad(), without_autocast(self._device):
                 self._reduce(place, torch.cat(blocks), torch.cat(where))
         self._num_waiting = 0
 
@@ -245,7 +245,7 @@ def held_pairs(
         for place, (heads, _) in enumerate(wanted):
             if heads.projection.module_name not in step.factors:
                 continue
-            for start, block in heads.blocks(step, passes.device):
+            for start, block in heads.blocks(step, passes.summing_device):
                 if place not in held:
                     held[place] = block.new_zeros(len(samples), heads.num_weights)
                 rows = slice(first + start, first + start + len(block))
