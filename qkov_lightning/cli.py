@@ -26,7 +26,7 @@ COMMANDS = {
 }
 """Commands: where each is, and what it does."""
 
-SWITCHES = ("--all", "--heads", "--verify", "--dry_run")
+SWITCHES = ("--all", "--heads", "--verify", "--discover", "--dry_run")
 """Options that need no value."""
 
 

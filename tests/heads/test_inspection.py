@@ -171,3 +171,13 @@ def test_inspect_fails_where_the_map_is_wrong(
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, "inspect", f"{__name__}:swapped", "--verify", "true")
     assert "of 48 cells proven" in capsys.readouterr().err
+
+
+def test_the_command_finds_heads_without_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    run(monkeypatch, "inspect", "test_inspection:llama", "--discover", "--verify")
+    printed = capsys.readouterr().out
+    assert "layers.1.self_attn" in printed
+    assert "24 of 24 cells proven" in printed
