@@ -329,7 +329,7 @@ def test_augmented_samples_are_the_same_in_every_pass() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"max_memory_gb holds the sums of 4 weights .* Raise max_memory_gb"):
         probe_interference(made(), batches(), loss=loss, max_memory_gb=1e-6, replicates="linear")
-    with pytest.raises(ValueError, match="max_memory_gb is 0.0, expected a positive number"):
+    with pytest.raises(ValueError, match=r"max_memory_gb is 0\.0, expected a positive number"):
         probe_interference(made(), batches(), loss=loss, max_memory_gb=0.0)
 
 
