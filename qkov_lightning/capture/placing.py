@@ -6,27 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int, Shaped
-from torch import Tensor
 
 from qkov_lightning.capture.factors import Delivery
-from qkov_lightning.heads.maps import LinearMap
-
-
-def widened(
-    tensor: Shaped[Tensor, "*token own"], features: Int[Tensor, own], width: int
-) -> Shaped[Tensor, "*token feature"]:
-    """A tensor with a column for each of ``width`` features, zero where it has none; itself if it has all.
-
-    Args:
-        tensor: Some features.
-        features: Which ones they are.
-        width: How many there are.
-    """
-    if len(features) == width and torch.equal(features, torch.arange(width)):
-        return tensor
-    wide = tensor.new_zeros(*tensor.shape[:-1], width)
-    return wide.index_copy(-1, features.to(tensor.device), tensor)
+from qkov_lightning.heads.maps import LinearMap, widened
 
 
 def side_by_side(one: LinearMap, by_part: Mapping[str, list[Delivery]]) -> list[Delivery]:

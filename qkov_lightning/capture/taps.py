@@ -39,10 +39,10 @@ from qkov_lightning.capture.factors import (
 )
 from qkov_lightning.capture.joinings import Joining
 from qkov_lightning.capture.loss_terms import LossTerm, TracedTerm, read_terms, trace_loss
-from qkov_lightning.capture.placing import side_by_side, widened
+from qkov_lightning.capture.placing import side_by_side
 from qkov_lightning.capture.reductions import ReductionChoice, check_rows, joining
 from qkov_lightning.capture.samples import Labels, current_labels
-from qkov_lightning.heads.maps import LinearMap, MapPart, find_map
+from qkov_lightning.heads.maps import LinearMap, MapPart, find_map, widened
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.heads.watching import MapWatcher, Piece, Product, on_call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -204,10 +205,7 @@ def _is_partial(products: Sequence[Product]) -> bool:
 
 def size_of(shape: Sequence[int], axes: Sequence[int]) -> int:
     """Product of the sizes of some axes."""
-    size = 1
-    for axis in axes:
-        size *= shape[axis]
-    return size
+    return math.prod(shape[axis] for axis in axes)
 
 
 def _width(shape: Sequence[int], input_axes: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ from qkov_lightning.heads.maps import untouched
 from qkov_lightning.heads.projections import BLOCKS, Projection
 from qkov_lightning.heads.slots import Slots, context_features, find_heads
 from qkov_lightning.heads.softmaxes import Softmax, leaves_of, trace
-from qkov_lightning.heads.watching import Product
+from qkov_lightning.heads.watching import Product, whole_input
 
 Run = Callable[[], object]
 """Runs the model on a sample or a few."""
@@ -121,14 +121,7 @@ class _Discoverer(GraphCutter):
         if not pieces or len({piece.name for piece in pieces}) != 1:
             return None
         axes = tuple(i for i in range(len(pieces[0].shape)) if i not in pieces[0].axes_of_outputs)
-        width = size_of(pieces[0].shape, axes)
-        whole: Tensor | None = None
-        for product in products:
-            activation = product.activation
-            wide = activation.new_zeros(*activation.shape[:-1], width)
-            features = product.pieces[0].input_features(axes).to(wide.device)
-            wide = wide.index_copy(-1, features, activation)
-            whole = wide if whole is None else whole + wide
+        whole = whole_input(products, pieces[0].name, axes, size_of(pieces[0].shape, axes))
         return None if whole is None else (pieces[0].name, axes, whole)
 
     @staticmethod

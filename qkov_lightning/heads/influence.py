@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qkov_lightning.heads.maps import widened
 from qkov_lightning.heads.projections import Block, Projection
 
 NUM_ROTATIONS = 8
@@ -124,9 +125,8 @@ class Leaf:
         """A tensor like the output, with a column for each feature of the map."""
         if tensor.shape[-1] == len(self.columns) == self.width and torch.equal(self.columns, self.features):
             return tensor
-        wide = tensor.new_zeros(*tensor.shape[:-1], self.width)
-        columns, features = self.columns.to(tensor.device), self.features.to(tensor.device)
-        return wide.index_copy(-1, features, tensor.index_select(-1, columns))
+        own = tensor.index_select(-1, self.columns.to(tensor.device))
+        return widened(own, self.features, self.width)
 
 
 @dataclass(frozen=True, eq=False)

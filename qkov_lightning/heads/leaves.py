@@ -18,8 +18,6 @@ NAMELESS = "(computed)"
 Feature = tuple[str, int]
 """Name of a linear map, and one of its features."""
 
-FeatureSets = frozenset[Feature]
-
 
 @dataclass(frozen=True, eq=False)
 class Leaf:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from qkov_lightning.heads.projections import Projection
@@ -115,6 +116,22 @@ def _part(model: nn.Module, name: str, input_axes: tuple[int, ...] | None) -> Ma
     return MapPart(
         name, module, tuple(module.parameters()), *linear_sizes(module), around if is_inside else None
     )
+
+
+def widened(
+    tensor: Shaped[Tensor, "*token own"], features: Int[Tensor, own], width: int
+) -> Shaped[Tensor, "*token feature"]:
+    """A tensor with a column for each of ``width`` features, zero where it has none; itself if it has all.
+
+    Args:
+        tensor: Some features.
+        features: Which ones they are.
+        width: How many there are.
+    """
+    if len(features) == width and torch.equal(features, torch.arange(width)):
+        return tensor
+    wide = tensor.new_zeros(*tensor.shape[:-1], width)
+    return wide.index_copy(-1, features.to(tensor.device), tensor)
 
 
 def is_map(module: nn.Module) -> bool:

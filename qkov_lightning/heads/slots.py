@@ -10,18 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qkov_lightning.heads.influence import MASKED, NUM_QUERIES
 from qkov_lightning.heads.leaves import Feature, Leaf, NoAttentionError, NoHeadsError, Operand
 from qkov_lightning.heads.signatures import acting
 from qkov_lightning.heads.softmaxes import Softmax, leaves_of, trace
 
 MAX_SLOTS = 1024
 """Places along the axes of the heads, samples included where they share an axis."""
-
-NUM_POSITIONS = 6
-"""Query tokens that are looked at one by one, at most."""
-
-MASKED = 1e4
-"""A score below minus this is the mask's."""
 
 
 @dataclass
@@ -134,7 +129,7 @@ def _positions(scores: Tensor) -> list[dict[int, int]]:
     sizes = scores.detach().double().abs()
     strength = torch.where(sizes < MASKED, sizes, 0.0).sum(dim=-1)
     # A causal mask leaves the first token one key, whatever its size: the last ones are looked at as well.
-    largest = strength.flatten().topk(min(NUM_POSITIONS - 1, strength.numel())).indices.tolist()
+    largest = strength.flatten().topk(min(NUM_QUERIES - 1, strength.numel())).indices.tolist()
     places = dict.fromkeys([*largest, strength.numel() - 1])
     return [
         {axis: int(i) for axis, i in enumerate(torch.unravel_index(torch.tensor(place), strength.shape))}
@@ -217,7 +212,7 @@ def _grouped(
             continue
         at = dict(zip(axes, slot, strict=True))
         # A feature is the same for all heads: each looks at some query tokens, together at all of them.
-        some = positions if len(slots) < NUM_POSITIONS else positions[len(heads) % len(positions) :][:1]
+        some = positions if len(slots) < NUM_QUERIES else positions[len(heads) % len(positions) :][:1]
         looks = [*some, positions[-1]]
         for operand, target in zip(operands, (head.scores, head.values), strict=False):
             counts = operand.tokens(looks, at)
@@ -238,7 +233,7 @@ def _grouped(
 def _queries_are_keys(operand: Operand, position: Mapping[int, int], scores: Tensor) -> bool:
     """Whether a score is a product of a map's output at one token with its output at another."""
     where = tuple(position[axis] for axis in range(scores.ndim - 1))
-    for key in range(min(scores.shape[-1], NUM_POSITIONS)):
+    for key in range(min(scores.shape[-1], NUM_QUERIES)):
         for leaf in operand.leaves:
             (slope,) = torch.autograd.grad(
                 scores[(*where, key)], leaf.tensor, create_graph=True, allow_unused=True

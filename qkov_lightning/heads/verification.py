@@ -18,9 +18,8 @@ from qkov_lightning.heads.architectures import named_projections
 from qkov_lightning.heads.influence import AttentionGraph, Leaf, by_head
 from qkov_lightning.heads.maps import LinearMap, MapPart, find_map, untouched
 from qkov_lightning.heads.projections import Block, Projection
-from qkov_lightning.heads.shapes import is_pointwise_convolution
 from qkov_lightning.heads.softmaxes import Softmax, SoftmaxWatcher, leads_to
-from qkov_lightning.heads.watching import Piece, Product, on_call
+from qkov_lightning.heads.watching import Piece, Product, features_last, on_call, whole_input
 
 NOT_SEEN = "not seen"
 """Begins what is said of a cell that could not be checked."""
@@ -181,10 +180,8 @@ class _Observer(SoftmaxWatcher):
     def _before_output(self, name: str, module: nn.Module) -> Callable[[nn.Module, Any, Any], None]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             context = args[0] if args else next(iter(kwargs.values()))
-            if is_pointwise_convolution(module):
-                context = context.movedim(1 if context.ndim == module.weight.ndim else 0, -1)
             with torch._C.DisableTorchFunction():
-                self._close(name, context)
+                self._close(name, features_last(module, context))
 
         return hook
 
@@ -215,15 +212,8 @@ class _Observer(SoftmaxWatcher):
     def _context(self, products: Sequence[Product], piece: Piece) -> Tensor:
         """The input of an output projection, with a column for each feature of its parameter."""
         part = self._parts[piece.name][0][1]
-        whole: Tensor | None = None
-        for product in products:
-            own = next((one for one in product.pieces if one.name == piece.name), None)
-            if own is None:
-                continue
-            wide = product.activation.new_zeros(*product.activation.shape[:-1], part.num_inputs)
-            features = own.input_features(part.input_axes or own.axes_of_inputs).to(wide.device)
-            wide = wide.index_copy(-1, features, product.activation)
-            whole = wide if whole is None else whole + wide
+        axes = part.input_axes or piece.axes_of_inputs
+        whole = whole_input(products, piece.name, axes, part.num_inputs)
         return products[0].activation if whole is None else whole
 
     def _close(self, name: str, context: Tensor) -> None:

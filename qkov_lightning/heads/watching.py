@@ -7,7 +7,6 @@ inside.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from qkov_lightning.heads.contraction import PRODUCTS, Contraction, read_product
+from qkov_lightning.heads.maps import widened
 from qkov_lightning.heads.parameter_views import ParameterViews, flat, mixes_nothing
 from qkov_lightning.heads.shapes import is_pointwise_convolution
 
@@ -112,19 +112,45 @@ def _whole_piece(name: str, num_outputs: int, num_inputs: int) -> Piece:
     return Piece(name, torch.arange(num_outputs), (num_outputs, num_inputs), outputs, inputs)
 
 
+def whole_input(
+    products: Sequence[Product], name: str, axes: Collection[int], width: int
+) -> Shaped[Tensor, "... feature"] | None:
+    """The input of a map, with a column for each feature that it has, from products that use some each.
+
+    Args:
+        products: Those of one call, or of several calls of one parameter.
+        name: The map.
+        axes: Axes of its weight that are input features.
+        width: Its input features.
+    """
+    whole: Tensor | None = None
+    for product in products:
+        own = next((piece for piece in product.pieces if piece.name == name), None)
+        if own is not None:
+            wide = widened(product.activation, own.input_features(axes), width)
+            whole = wide if whole is None else whole + wide
+    return whole
+
+
+def features_last(module: nn.Module, tensor: Tensor) -> Tensor:
+    """An input or output of a linear module; of a convolution with its channels last."""
+    if not is_pointwise_convolution(module):
+        return tensor
+    return tensor.movedim(1 if tensor.ndim == module.weight.ndim else 0, -1)
+
+
 def on_call(name: str, module: nn.Module, on_products: OnProducts) -> Callable[..., Tensor | None]:
     """A forward hook, with keywords, for a linear module."""
-    is_convolution = is_pointwise_convolution(module)
 
     def hook(
         _module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> Tensor | None:
         activation = args[0] if args else next(iter(kwargs.values()))
-        if not is_convolution:
-            return on_products([whole_module(name, activation, output)])[0]
-        axis = 1 if output.ndim == module.weight.ndim else 0
-        (seen,) = on_products([whole_module(name, activation.movedim(axis, -1), output.movedim(axis, -1))])
-        return None if seen is None else seen.movedim(-1, axis)
+        sides = [features_last(module, t) for t in (activation, output)]
+        (seen,) = on_products([whole_module(name, *sides)])
+        if seen is None or sides[1] is output:
+            return seen
+        return seen.movedim(-1, 1 if output.ndim == module.weight.ndim else 0)
 
     return hook
 
@@ -152,15 +178,6 @@ class MapWatcher(TorchFunctionMode):
         self._on_products = on_products
         self._num_samples: list[int] = []
         self._inside = 0
-
-    @contextlib.contextmanager
-    def inside_module(self) -> Iterator[None]:
-        """A linear module runs: its own product is none beside it."""
-        self._inside += 1
-        try:
-            yield
-        finally:
-            self._inside -= 1
 
     def __torch_function__(
         self,
