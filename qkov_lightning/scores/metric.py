@@ -13,8 +13,9 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from qkov_lightning.heads.projections import BLOCKS, Block
+from qkov_lightning.scores.calibration import KnownMeans, calibrated
 from qkov_lightning.scores.reduction import slice_statistics
-from qkov_lightning.scores.replicates import leave_out_replicates, sampled_estimate
+from qkov_lightning.scores.replicates import leave_out_replicates, num_variants, sampled_estimate
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.scores.statistics import MIN_SAMPLES
@@ -100,6 +101,7 @@ class HeadInterference(Metric):
         fisher_shares: Float[Tensor, sample] | None = None,
         groups: Int[Tensor, sample] | None = None,
         num_terms: Float[Tensor, sample] | None = None,
+        known: KnownMeans | None = None,
     ) -> None:
         """Add one projection, or some heads of it.
 
@@ -122,6 +124,8 @@ class HeadInterference(Metric):
             groups: Group of each sample, counted from 0. Samples of one group (of one document, say) may vary
                 together; every sample is a group of its own without them.
             num_terms: Terms (target tokens) that the loss of each sample is the mean of; 1 without them.
+            known: What sums at all weights tell, where only some were kept of each sample: then scores are
+                exact as far as it goes.
 
         Raises:
             ValueError: If a task is unknown, or the sizes do not fit each other or the metric.
@@ -163,6 +167,8 @@ class HeadInterference(Metric):
         num_pairs = count[:, None] * (count[None, :] - torch.eye(len(count)).to(count))
         num_pairs = torch.where(enough[:, None] & enough[None, :], num_pairs, 0).unsqueeze(-1)
         statistics = leave_out_replicates(statistics, replicates)
+        if known is not None:
+            statistics = calibrated(statistics, known.repeated(num_variants(replicates)))
         for score in SCORES.values():
             estimate = sampled_estimate(score, statistics, replicates)
             # A NaN without pairs is "no data yet"; any other NaN (0 / 0) stays one.

@@ -9,6 +9,14 @@ import torch
 from qkov_lightning.scores.scores import Score
 from qkov_lightning.scores.statistics import WITHOUT_HEADS, Estimate, SliceStatistics
 
+LEAST_SHARE = 0.5
+"""Of the variance over samples that remains when the error of the weights has been taken off it."""
+
+
+def num_variants(num_replicates: int) -> int:
+    """The mean over all replicates, and over all but each one; a single one is all there is."""
+    return 1 if num_replicates == 1 else num_replicates + 1
+
 
 def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: int) -> Estimate:
     r"""A score from independent samples of the weights, their spread added to its variance.
@@ -32,13 +40,15 @@ def sampled_estimate(score: Score, statistics: SliceStatistics, num_replicates: 
     estimate = score.function(statistics)
     if num_replicates == 1:  # every weight was kept
         return estimate
-    value, *left_out = estimate.value.unflatten(-1, (-1, num_replicates + 1)).unbind(-1)
-    variance, *variances = estimate.variance.unflatten(-1, (-1, num_replicates + 1)).unbind(-1)
+    value, *left_out = estimate.value.unflatten(-1, (-1, num_variants(num_replicates))).unbind(-1)
+    variance, *variances = estimate.variance.unflatten(-1, (-1, num_variants(num_replicates))).unbind(-1)
     values = torch.stack(left_out)
     sampling_variance = values.var(dim=0, correction=0) * (num_replicates - 1)
     # The variance over samples contains each sample's own share of the sampling error, which falls as 1 / R.
+    # What is taken off for it is an estimate, too: where it is large, an error could come out as zero.
     mean_variance = torch.stack(variances).mean(dim=0)
-    variance = (num_replicates * variance - (num_replicates - 1) * mean_variance).clamp(min=0)
+    corrected = num_replicates * variance - (num_replicates - 1) * mean_variance
+    variance = torch.maximum(corrected, LEAST_SHARE * variance)
     if score.natural_range is None:
         value = num_replicates * value - (num_replicates - 1) * values.mean(dim=0)
     return Estimate(value, variance + sampling_variance)
@@ -55,7 +65,9 @@ def leave_out_replicates(statistics: SliceStatistics, num_replicates: int) -> Sl
     """
     if num_replicates == 1:
         return statistics
-    shares = torch.full((num_replicates + 1, num_replicates), 1 / (num_replicates - 1), dtype=torch.float64)
+    shares = torch.full(
+        (num_variants(num_replicates), num_replicates), 1 / (num_replicates - 1), dtype=torch.float64
+    )
     shares[0] = 1 / num_replicates
     shares[1:].fill_diagonal_(0)
     means = {

