@@ -33,6 +33,7 @@ from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings, check_values, number_rules
 from qkov_lightning.scores.updates import STEP_SIZE, UpdateDirection
 from qkov_lightning.store.files import CacheError
+from qkov_lightning.store.fitting import Budget
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.run import Storage
 from qkov_lightning.views.bars import print_beside_bar, progress_task
@@ -75,13 +76,14 @@ class InterferenceMonitor(Callback):
         every_n_steps: Capture one training batch of every n: the first, then one at random in each n.
         max_samples_per_task: Samples of each task that a heatmap rests on: the newest.
         max_cache_gb: Disk for the cache, in GiB, over all processes.
-        storage: "exact" keeps whole gradients, as factors ("factors" says the same); "sampled" keeps them at
-            512 weights of each head, drawn once per run, with a sampling error that is part of every standard
-            error; "auto" takes sampled storage where the exact gradients of ``max_samples_per_task`` samples
-            of each task would not fit and sampled ones are smaller, and says at the first captured step what
-            it took.
+        storage: "exact" keeps whole gradients, as factors ("factors" says the same). "summed" keeps the sums
+            of each task at all weights (gradients, magnitudes, squares), and the gradient of each sample at
+            512 weights of each head, drawn once per run: scores of two tasks are exact but for the curvature.
+            "sampled" keeps the latter alone, with a sampling error that is part of every standard error.
+            "auto" takes the first of the three that fits, and says so at the first captured step.
         cache_dir: Where the cache goes; in the folder of the results by default. All processes must see it.
-        fisher_decay: Decay of the Fisher's EMA per captured step.
+        fisher_decay: Decay of the Fisher's EMA per captured step. In summed storage, as in a probe, the
+            Fisher is the mean over the heatmap's own samples.
         damping: Added to the Fisher, relative to its mean over a slice.
         update_direction: Direction in which a task would update the weights, for ``forgetting`` and
             ``loss_rise``: "adam", "sgd", the one of the trainer's optimiser ("auto"), or the mean gradient
@@ -101,8 +103,8 @@ class InterferenceMonitor(Callback):
             ``probe_interference``.
         probe_loss: Loss of the module on a batch of the probe, a function of both; ``training_step`` without
             it.
-        max_memory_gb: Memory for the sums of a probe, in GiB and in each process: where it does not hold
-            those of all layers, the probe is passed over several times.
+        max_memory_gb: Memory for sums, in GiB and in each process. Where it does not hold those of all
+            layers, a probe is passed over several times; those of summed storage are mapped from a file.
         keep_cache: Leave the cache in place at the end of training. It is removed by default, unless a
             checkpoint needs it to go on.
         name: Folder of the results and prefix of the scalars; two monitors in one Trainer need two names.
@@ -151,8 +153,8 @@ class InterferenceMonitor(Callback):
             ("every_n_steps", every_n_steps, every_n_steps >= 1, "at least 1"),
             ("max_samples_per_task", max_samples_per_task, max_samples_per_task >= 2, "at least 2"),
             ("max_cache_gb", max_cache_gb, max_cache_gb > 0, "a positive number"),
-            ("storage", storage, storage in {"auto", "exact", "factors", "sampled"}, "auto, exact or sampled"),
-            ("storage", storage, probe is None or storage != "sampled", "auto or exact: a probe measures exact gradients"),
+            ("storage", storage, storage in {"auto", "exact", "factors", "summed", "sampled"}, "auto, exact, summed or sampled"),
+            ("storage", storage, probe is None or storage not in {"summed", "sampled"}, "auto or exact: a probe measures exact gradients"),
             ("update_direction", update_direction, update_direction in directions, "auto, adam, sgd or state"),
             ("verify", verify, verify in VERIFY, "first_batch or off"),
             ("update_direction", update_direction, probe is None or update_direction != "state", "auto, adam or sgd with a probe"),
@@ -187,7 +189,8 @@ class InterferenceMonitor(Callback):
         self.keep_cache = keep_cache
         self.name = name
         self.heatmap: InterferenceHeatmap | None = None
-        self._recording = Recording(self.storage, max_samples_per_task, int(max_cache_gb * 2**30))
+        budget = Budget(max_samples_per_task, int(max_cache_gb * 2**30), int(max_memory_gb * 2**30))
+        self._recording = Recording(self.storage, budget)
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._results: Results | None = None
         self._restored: dict[str, Any] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from qkov_lightning.capture.factors import GradientFactors
 from qkov_lightning.heads.projections import Projection
+
+BLOCK_BYTES = 64 * 2**20
+"""Per-sample gradients that are in memory at once where they are only summed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,6 +151,22 @@ def owned_gradients(
     if isinstance(part, DenseGradients):
         return part.gradient if out is None else out.copy_(part.gradient)
     return _outer_products(part.grad_output, part.activation, part.offsets, out)
+
+
+def gradient_blocks(
+    part: GradientFactors | DenseGradients, num_heads: int
+) -> Iterator[tuple[int, Float[Tensor, "sample head weight"]]]:
+    """Gradients of an ``owned_part``, a few samples at a time, and the first of these."""
+    if isinstance(part, DenseGradients):
+        num_samples, num_weights = len(part.gradient), part.gradient[0].numel()
+    else:
+        num_samples = len(part.offsets) - 1
+        num_weights = part.grad_output.shape[1] * part.activation.shape[1]
+    together = max(1, BLOCK_BYTES // (num_weights * 4))
+    for start in range(0, num_samples, together):
+        some = select_samples(part, start, min(start + together, num_samples))
+        gradients = owned_gradients(some)
+        yield start, gradients.view(len(gradients), num_heads, -1)
 
 
 def num_other_features(part: GradientFactors | DenseGradients) -> int:

@@ -11,14 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qkov_lightning.capture.factors import CapturedStep
-from qkov_lightning.capture.gradients import owned_gradients, owned_part, select_samples
+from qkov_lightning.capture.gradients import gradient_blocks, owned_part
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import BLOCKS, Projection
 from qkov_lightning.scores.reduction import MAX_TASKS_IN_FISHER
 from qkov_lightning.store.streaming import SUMMED_BYTES, restricted
-
-BLOCK_BYTES = 64 * 2**20
-"""Per-sample gradients that are in memory at once."""
 
 Replicates = Literal["exact", "linear"]
 """How the replicates are made that the standard errors come from."""
@@ -49,11 +46,7 @@ class SweptHeads:
         """Gradients of a step, a few samples at a time, and the first of these."""
         factors = step.factors[self.projection.module_name]
         part = owned_part(factors, self.projection, step.scales, device)
-        together = max(1, BLOCK_BYTES // (self.size * 4))
-        for start in range(0, len(step.samples), together):
-            some = select_samples(part, start, min(start + together, len(step.samples)))
-            gradients = owned_gradients(some)
-            yield start, gradients.view(len(gradients), self.projection.num_heads, -1)
+        return gradient_blocks(part, self.projection.num_heads)
 
 
 def heads_of(model: nn.Module, projections: Sequence[Projection], itemsize: int) -> list[SweptHeads]:

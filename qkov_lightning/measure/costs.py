@@ -15,22 +15,24 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from qkov_lightning.capture.gradients import BLOCK_BYTES
 from qkov_lightning.heads.inspection import cache_bytes_per_sample
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.allotment import (
-    BLOCK_BYTES,
     Replicates,
     heads_of,
     numbers_per_weight,
     split_into_sweeps,
 )
 from qkov_lightning.measure.jackknife import MAX_GROUPS
-from qkov_lightning.store.run import fitting_storage
+from qkov_lightning.store.fitting import Budget, Demand, StorageFit
+from qkov_lightning.store.generations import KINDS
 from qkov_lightning.store.sampling import NUM_COORDINATES, sampled_bytes
 from qkov_lightning.store.streaming import HELD_BYTES
+from qkov_lightning.store.sum_memory import sums_bytes
 
-SCORE_STEPS = {"cache": 70, "linear": 80, "exact": 60}
+SCORE_STEPS = {"cache": 70, "sums": 12, "linear": 80, "exact": 60}
 """Elementwise operations for each weight and sample, in all passes; of exact replicates, for each of them."""
 
 
@@ -131,7 +133,10 @@ def costs_of(
     num_weights = sum(one.size for one in heads)
     exact = cache_bytes_per_sample(model, samples.num_tokens, projections)
     sampled = sampled_bytes(trained)
-    auto = fitting_storage(exact, sampled, samples.num_samples, samples.num_tasks, int(max_cache_gb * 2**30))
+    max_memory_bytes = int(max_memory_gb * 2**30)
+    budget = Budget(samples.num_samples, int(max_cache_gb * 2**30), max_memory_bytes)
+    fit = StorageFit.of(Demand(exact, sampled, num_weights, samples.num_tasks), budget)
+    sums = sums_bytes(num_weights, samples.num_tasks)
     largest = max((_weights(model, one) for one in trained), default=0)
     fisher = 4 * samples.num_tasks * largest
     outer = 2 * num_weights * samples.num_tokens / speed.products
@@ -142,25 +147,38 @@ def costs_of(
             exact * samples.count,
             HELD_BYTES + fisher,
             samples.count * (outer + SCORE_STEPS["cache"] * num_weights / speed.elements),
-            _auto(auto == "factors", f"{exact / 1e6:.3g} MB a sample"),
+            _auto(fit.chosen == "factors", f"{exact / 1e6:.3g} MB a sample"),
+        ),
+        Cost(
+            "cache, summed",
+            fit.summed_bytes,
+            HELD_BYTES + len(KINDS) * fisher + (sums if sums <= max_memory_bytes else 0),
+            samples.count
+            * (
+                outer
+                + SCORE_STEPS["sums"] * num_weights / speed.elements
+                + SCORE_STEPS["cache"] * kept / speed.elements
+            ),
+            _auto(
+                fit.chosen == "summed", f"{3 * samples.num_tasks} numbers a weight, summed in captured steps"
+            ),
         ),
         Cost(
             "cache, sampled",
             sampled * samples.count,
             HELD_BYTES + fisher,
             samples.count * SCORE_STEPS["cache"] * kept / speed.elements,
-            _auto(auto == "sampled", f"{sampled / 1e6:.3g} MB a sample"),
+            _auto(fit.chosen == "sampled", f"{sampled / 1e6:.3g} MB a sample"),
         ),
     ]
     groups = min(MAX_GROUPS, samples.num_samples)
-    max_bytes = int(max_memory_gb * 2**30)
-    fits = 4 * numbers_per_weight(samples.num_tasks, "exact", groups) * num_weights <= max_bytes
+    fits = 4 * numbers_per_weight(samples.num_tasks, "exact", groups) * num_weights <= max_memory_bytes
     kinds: tuple[Replicates, ...] = ("exact", "linear")
     for kind in kinds:
         numbers = numbers_per_weight(samples.num_tasks, kind, groups)
-        if max(one.size for one in heads) * 4 * numbers > max_bytes:
+        if max(one.size for one in heads) * 4 * numbers > max_memory_bytes:
             continue  # not even in many sweeps
-        sweeps = split_into_sweeps(heads, max_bytes // (4 * numbers))
+        sweeps = split_into_sweeps(heads, max_memory_bytes // (4 * numbers))
         stages = 2 if kind == "exact" else 3
         steps = SCORE_STEPS[kind] * (1 + groups if kind == "exact" else 1)
         passes = stages * sum(_pass_operations(model, own[-1].projection, projections) for own in sweeps)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.scores.fisher import EmpiricalFisher
@@ -28,7 +30,7 @@ class Folding:
     def __init__(
         self, stored: StoredGradients, projection: Projection, decay: float, device: torch.device
     ) -> None:
-        path = stored.previous_fisher_path(projection)
+        path = None if stored.window is not None else stored.previous_fisher_path(projection)
         self._stored, self._projection = stored, projection
         self._previous = EmpiricalFisher.load(path, device) if path else EmpiricalFisher(decay)
         self._parts: list[EmpiricalFisher] = []
@@ -37,6 +39,18 @@ class Folding:
         """The Fisher of some heads with the steps that it did not hold."""
         fisher = self._previous.part(gradients.heads)
         fisher.fold(gradients, gradients.tasks, gradients.steps, self._stored.folded_until)
+        self._parts.append(fisher)
+        return fisher
+
+    def mean(self, gradients: HeadGradients, counts: Bool[Tensor, sample]) -> EmpiricalFisher:
+        """The Fisher of some heads that is the plain mean over some samples: a moving average of one step.
+
+        Args:
+            gradients: Of the heads.
+            counts: Which samples.
+        """
+        fisher = EmpiricalFisher(decay=0.0)
+        fisher.fold(gradients, gradients.tasks, [0 if one else -1 for one in counts.tolist()])
         self._parts.append(fisher)
         return fisher
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,12 @@ from qkov_lightning.measure.folding import Folding, disk_errors
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.jackknife import unit_numbers
 from qkov_lightning.measure.pairs import worst_pairs
+from qkov_lightning.scores.calibration import KnownMeans
 from qkov_lightning.scores.fisher import EmpiricalFisher
 from qkov_lightning.scores.metric import HeadInterference
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings
+from qkov_lightning.scores.updates import UpdateDirection
 from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.records import CacheRecord
@@ -62,7 +65,7 @@ def measure_interference(
         CacheError: If the Fisher cannot be written or read, if there are too many tasks for a heatmap, or if
             the cache holds other weights than it should.
     """
-    selected = stored.cache.records()
+    selected = stored.selected()
     if not selected:
         return None
     masks = {record.path: mask for record, mask in selected}
@@ -79,16 +82,21 @@ def measure_interference(
     metric = HeadInterference(tasks, num_layers(projections), num_heads(projections), settings)
     metric = metric.to(reader.device)
     own = [projection for projection in projections if processes.takes(projection.layer)]
+    in_window = stored.window is not None
     failures: list[CacheError] = []
     with disk_errors(stored, failures):
         for projection in own:
             folding = Folding(stored, projection, settings.fisher_decay, reader.device)
             for gradients in head_gradients_of(reader, stored.as_kept(projection)):
-                fisher = folding.fold(gradients)
+                indices = _task_indices(gradients.records, masks, tasks)
+                fisher = folding.mean(gradients, indices >= 0) if in_window else folding.fold(gradients)
                 # A frozen block has no gradients and no rates.
                 rate = None if rates is None else rates[projection.layer, projection.block]
                 if fisher.tasks:
-                    indices = _task_indices(gradients.records, masks, tasks)
+                    update = settings.update if rate is None else rate[gradients.heads]
+                    known = _known_means(
+                        stored, projection, gradients, tasks, indices, settings, update, reader.device
+                    )
                     metric.update(
                         gradients,
                         indices,
@@ -98,9 +106,10 @@ def measure_interference(
                         first_head=gradients.heads.start,
                         rates=None if rate is None else stored.kept_of(rate, projection, gradients.heads),
                         weights=stored.weights(projection, gradients.heads),
-                        fisher_shares=_shares(fisher, gradients, indices),
+                        fisher_shares=_shares(fisher, gradients, indices, in_window),
                         groups=unit_numbers(gradients.tasks, gradients.ids, gradients.groups),
                         num_terms=gradients.num_terms,
+                        known=known,
                     )
             folding.save()
             on_projection()
@@ -149,10 +158,44 @@ def _task_indices(
     return torch.cat(indices)
 
 
+def _known_means(
+    stored: StoredGradients,
+    projection: Projection,
+    gradients: HeadGradients,
+    tasks: Sequence[str],
+    indices: Int[Tensor, sample],
+    settings: ScoreSettings,
+    update: UpdateDirection | Float[Tensor, "head weight"],
+    device: torch.device,
+) -> KnownMeans | None:
+    """What the sums at all weights tell of the samples that count; None where there are none of just these.
+
+    Warns:
+        UserWarning: If they cannot be read.
+    """
+    counts = [int((indices == task).sum()) for task in range(len(tasks))]
+    try:
+        means = stored.means(projection, gradients.heads, tasks, counts)
+    except CacheError as error:
+        warnings.warn(f"{error} Scores of its cells come from sampled weights alone.", stacklevel=2)
+        return None
+    if means is None:
+        return None
+    means = means.to(device)
+    update = update.to(means) if isinstance(update, Tensor) else update
+    return KnownMeans.of(means, torch.tensor(counts, device=device) > 0, settings.damping, update)
+
+
 def _shares(
-    fisher: EmpiricalFisher, gradients: HeadGradients, indices: Int[Tensor, sample]
+    fisher: EmpiricalFisher, gradients: HeadGradients, indices: Int[Tensor, sample], in_window: bool
 ) -> Float[Tensor, sample]:
     """Share in the Fisher of each sample that counts: its own, and those of its earlier captures."""
+    if in_window:  # as one step of all that count
+        counted = [place for place, index in enumerate(indices.tolist()) if index >= 0]
+        own = fisher.shares([gradients.tasks[place] for place in counted], [0] * len(counted))
+        return torch.zeros(len(indices), dtype=own.dtype).index_copy_(
+            0, torch.tensor(counted, dtype=torch.int64), own
+        )
     shares = fisher.shares(gradients.tasks, gradients.steps)
     places: dict[tuple[str, str], int] = {}
     keys = list(zip(gradients.tasks, gradients.ids, strict=True))

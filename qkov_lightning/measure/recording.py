@@ -29,6 +29,7 @@ from qkov_lightning.measure.heatmap import InterferenceHeatmap
 from qkov_lightning.measure.measurement import Rates, measure_interference
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.store.files import CacheError, sweep
+from qkov_lightning.store.fitting import Budget
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.run import RunStore, Storage
 
@@ -51,8 +52,7 @@ class Recording:
 
     Args:
         storage: What to keep of a captured step.
-        max_samples_per_task: Budget of the cache.
-        max_bytes: Budget of the cache.
+        budget: What it may use.
 
     Attributes:
         capture: The taps; None where nothing is captured.
@@ -61,9 +61,9 @@ class Recording:
         has_news: Whether something was captured since this was last set to False.
     """
 
-    def __init__(self, storage: Storage, max_samples_per_task: int, max_bytes: int) -> None:
+    def __init__(self, storage: Storage, budget: Budget) -> None:
         self._storage: Storage = storage
-        self._max_samples_per_task, self._max_bytes = max_samples_per_task, max_bytes
+        self._budget = budget
         self.capture: GradientCapture | None = None
         self.store: RunStore | None = None
         self._run_id = ""
@@ -122,12 +122,7 @@ class Recording:
             sweep(directory)
         try:
             self.store = RunStore(
-                directory / self._run_id,
-                projections,
-                processes,
-                self._storage,
-                self._max_samples_per_task,
-                self._max_bytes,
+                directory / self._run_id, projections, processes, self._storage, self._budget
             )
             if state:
                 self.store.resume(state, self.num_batches, processes)
@@ -296,7 +291,7 @@ class Recording:
             return None
         self.store.note_fisher(self.num_batches, processes)
         if heatmap is None:
-            if self._counters["captured_steps"]:
+            if self._counters["captured_steps"] and not self.store.is_waiting:
                 self.switch_off(
                     CacheError(f"The cache {self.store.cache.directory} is empty: were its files deleted?")
                 )
@@ -333,7 +328,7 @@ class Recording:
             UserWarning: Always.
         """
         self._switched_off = True
-        self._release()
+        self._release(goes_on=False)
         warnings.warn(
             f"The interference monitor switched itself off; training goes on. {error}", stacklevel=4
         )
@@ -342,7 +337,8 @@ class Recording:
         """Remove the cache, unless a checkpoint needs it to go on; called by all processes."""
         if self.store is None or self._switched_off:
             return
-        self.close()
+        self.drain()
+        self._release(goes_on=self.store.is_needed)
         processes.wait()
         if self.store.is_needed:
             rank_zero_info(
@@ -359,11 +355,11 @@ class Recording:
         try:
             self.drain()
         finally:
-            self._release()
+            self._release(goes_on=not self._switched_off)
 
-    def _release(self) -> None:
+    def _release(self, goes_on: bool) -> None:
         if self.store:
-            self.store.close()
+            self.store.close(goes_on)
         if self.capture:
             self.capture.discard()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +48,7 @@ class GradientCache:
         self._window_bytes = max_bytes // world_size // 2
         self._checkpoints: list[tuple[int, int]] = []
         self._unfolded_from: int | None = None
+        self._held: frozenset[int] = frozenset()
         self._unreadable: set[Path] = set()
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -73,9 +74,17 @@ class GradientCache:
             self._own.append(write_record(path, one, step, self._rank, self._window_bytes))
         self._evict()
 
-    def keep_from(self, step: int) -> None:
+    def keep_from(self, step: int | None) -> None:
         """Keep all records of ``step`` and later, also beyond the budget: the Fisher lacks them."""
         self._unfolded_from = step
+
+    def hold(self, steps: Collection[int]) -> None:
+        """Keep the records of these steps, also beyond the budget: they are in sums."""
+        self._held = frozenset(steps)
+
+    def num_bytes_of(self, steps: Collection[int]) -> int:
+        """What the records of these steps take, of this process."""
+        return sum(record.num_bytes for record in self._own if record.step in steps)
 
     def unfolded(self) -> list[CacheRecord]:
         """Records that the Fisher does not hold yet, of all processes, oldest first."""
@@ -83,11 +92,20 @@ class GradientCache:
             [] if self._unfolded_from is None else [r for r in self._scan() if r.step >= self._unfolded_from]
         )
 
-    def records(self) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
-        """Readable records of all processes, oldest first, with a mask of the samples within the budget."""
+    def records(
+        self, masks_of: Callable[[Sequence[CacheRecord]], Sequence[Bool[Tensor, sample]]] | None = None
+    ) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
+        """Readable records of all processes, oldest first, with a mask of the samples that count.
+
+        Args:
+            masks_of: Says which samples of the records count; by default those within the budget.
+        """
         by_rank: dict[int, list[CacheRecord]] = {}
         found = self._scan()
         self._tell_of_lost(found)
+        if masks_of is not None:
+            masks = masks_of(found)
+            return [(one, mask) for one, mask in zip(found, masks, strict=True) if bool(mask.any())]
         for record in found:
             by_rank.setdefault(record.rank % self._world_size, []).append(record)
         within = [record for records in by_rank.values() for record in self._within_bytes(records)]
@@ -193,7 +211,7 @@ class GradientCache:
     def _evict(self) -> None:
         now = max((record.step for record in self._own), default=0) + 1
         folded = now if self._unfolded_from is None else self._unfolded_from
-        needed: set[Path] = set()
+        needed = {record.path for record in self._own if record.step in self._held}
         for until, unfolded_from in ((now, folded), *self._checkpoints):
             records = [record for record in self._own if record.step < until]
             needed |= {record.path for record in records if record.step >= unfolded_from}

@@ -17,6 +17,7 @@ from torch import Tensor
 from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.capture.gradients import DenseGradients, dense_gradients
 from qkov_lightning.capture.samples import Samples
+from qkov_lightning.heads.projections import Projection
 from qkov_lightning.store.files import CacheError, write_durably
 from qkov_lightning.store.sampling import SampledStep
 
@@ -197,15 +198,19 @@ class StepSize:
     Attributes:
         num_samples: Samples of the step.
         num_bytes: Bytes of all of them.
+        num_weights: Weights of the projections that it holds gradients of.
+        itemsize: Bytes of a number of a gradient.
         tasks: Tasks that were seen.
     """
 
     num_samples: int
     num_bytes: int
+    num_weights: int
+    itemsize: int
     tasks: frozenset[str]
 
     @classmethod
-    def of(cls, captured: Sequence[CapturedStep]) -> StepSize:
+    def of(cls, captured: Sequence[CapturedStep], projections: Sequence[Projection]) -> StepSize:
         """Size of one process' share."""
         num_bytes = 0
         for step in captured:
@@ -214,13 +219,29 @@ class StepSize:
                 sharing.setdefault(id(factors.activation), []).append(factors)
             num_bytes += sum(min(_dense_bytes(one), _factor_bytes(one)) for one in sharing.values())
         tasks = frozenset(task for step in captured for task in step.samples.tasks)
-        return cls(sum(len(step.samples) for step in captured), num_bytes, tasks)
+        weights: dict[tuple[int, str], int] = {}
+        dtype = torch.float32
+        for one in projections:
+            for factors in (
+                step.factors[one.module_name] for step in captured if one.module_name in step.factors
+            ):
+                other = factors.grad_output if one.block == "O" else factors.activation
+                weights[one.layer, one.block] = one.head_features.numel() * other.shape[1]
+                dtype = torch.promote_types(dtype, factors.grad_output.dtype)
+        num_samples = sum(len(step.samples) for step in captured)
+        return cls(num_samples, num_bytes, sum(weights.values()), dtype.itemsize, tasks)
 
     @classmethod
     def total(cls, sizes: Sequence[StepSize]) -> StepSize:
         """Of all processes."""
         tasks = frozenset[str]().union(*(size.tasks for size in sizes))
-        return cls(sum(size.num_samples for size in sizes), sum(size.num_bytes for size in sizes), tasks)
+        return cls(
+            sum(size.num_samples for size in sizes),
+            sum(size.num_bytes for size in sizes),
+            max((size.num_weights for size in sizes), default=0),
+            max((size.itemsize for size in sizes), default=4),
+            tasks,
+        )
 
     @property
     def bytes_per_sample(self) -> float:

@@ -14,15 +14,23 @@ from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.heads.projections import Projection
 from qkov_lightning.store.cache import GradientCache
 from qkov_lightning.store.files import CacheError, adopt_directory, write_durably
+from qkov_lightning.store.fitting import Budget, Demand, StorageFit
+from qkov_lightning.store.generations import Generation
 from qkov_lightning.store.leftovers import MARKER, owner_note, remove_cache
 from qkov_lightning.store.processes import Processes
 from qkov_lightning.store.records import StepSize
 from qkov_lightning.store.sampling import Coordinates, sampled_bytes
 from qkov_lightning.store.stored import StoredGradients
+from qkov_lightning.store.sums import RunningSums
+from qkov_lightning.store.window import Window
 from qkov_lightning.store.writer import CacheWriter
 
-Storage = Literal["auto", "factors", "sampled"]
-"""What the cache keeps: exact factors, gradients at sampled weights, or whichever fits."""
+Storage = Literal["auto", "factors", "summed", "sampled"]
+"""What is kept: exact factors; sums at all weights and samples at some; the latter alone; or what fits."""
+
+
+FISHER = "mean over the heatmap's samples"
+"""Which Fisher summed storage takes, for the notes of a heatmap."""
 
 
 class RunStore:
@@ -33,13 +41,13 @@ class RunStore:
         projections: What is captured.
         processes: All of them open the same directory.
         storage: What to keep.
-        max_samples_per_task: Budget of the cache.
-        max_bytes: Budget of the cache.
+        budget: What it may use.
 
     Attributes:
         cache: The captured steps.
         coordinates: Weights that are kept of each head; None if all are.
-        chosen: "factors" or "sampled"; empty until the first captured step decides.
+        sums: Of all samples of this process at all weights, where they are kept.
+        chosen: "factors", "summed" or "sampled"; empty until the first captured step decides.
         fisher_step: First captured step that the newest Fisher does not hold.
         is_needed: Whether a checkpoint of this run says where the cache is.
 
@@ -53,20 +61,20 @@ class RunStore:
         projections: Sequence[Projection],
         processes: Processes,
         storage: Storage,
-        max_samples_per_task: int,
-        max_bytes: int,
+        budget: Budget,
     ) -> None:
         self._storage: Storage = storage
-        self._max_samples_per_task, self._max_bytes = max_samples_per_task, max_bytes
+        self._budget, self._processes = budget, processes
         self._is_new = not directory.is_dir()
         self.cache = GradientCache(
             directory,
             rank=processes.rank,
             world_size=processes.count,
-            max_samples_per_task=max_samples_per_task,
-            max_bytes=max_bytes,
+            max_samples_per_task=budget.max_samples_per_task,
+            max_bytes=budget.max_bytes,
         )
         self.coordinates: Coordinates | None = None
+        self.sums: RunningSums | None = None
         self.chosen = ""
         self.fisher_step = 0
         self.cache.keep_from(0)
@@ -86,7 +94,7 @@ class RunStore:
         """Begin to write, at first and whenever training starts again."""
         self._projections = projections
         self._writer: CacheWriter | None = CacheWriter(self.cache)
-        self._keep(self.coordinates)
+        self._keep()
 
     def check_shared(self, processes: Processes) -> None:
         """See that every process sees what the first one writes.
@@ -116,7 +124,7 @@ class RunStore:
     @property
     def fold_is_due(self) -> bool:
         """Whether the budget ends soon for steps that the Fisher does not hold, the same in all processes."""
-        return bool(self.chosen) and self._since_fold >= self._fold_every
+        return bool(self.chosen) and self.sums is None and self._since_fold >= self._fold_every
 
     def drain(self) -> tuple[int, int]:
         """Wait for what is on its way to the cache.
@@ -131,11 +139,17 @@ class RunStore:
         dropped, self._num_unusable = dropped + self._num_unusable, 0
         return written, dropped
 
-    def close(self) -> None:
-        """Write what is on its way and end the writer's thread."""
+    def close(self, goes_on: bool) -> None:
+        """Write what is on its way, end the writer's thread, and let go of memory.
+
+        Args:
+            goes_on: Whether training may go on with what is stored.
+        """
         if self._writer:
             self._writer.close()
             self._writer = None
+        if self.sums:
+            self.sums.close(goes_on)
 
     def remove(self) -> None:
         """Remove the cache; what cannot be removed stays.
@@ -150,6 +164,11 @@ class RunStore:
                 f"The gradient cache {self.cache.directory} could not be removed: {error}", stacklevel=2
             )
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether sums are kept that hold no sample of this process yet."""
+        return self.sums is not None and not any(one.members for one in self.sums.generations)
+
     # Exact or sampled
 
     def _choose(self, captured: list[CapturedStep], processes: Processes) -> list[CapturedStep]:
@@ -162,16 +181,18 @@ class RunStore:
             CacheError: If the drawn weights cannot be written.
         """
         usable = bool(captured) and all(one.is_finite for one in captured)
-        everyone = processes.gather([StepSize.of(captured)] if usable else [])
+        everyone = processes.gather([StepSize.of(captured, self._projections)] if usable else [])
         if not processes.from_first(usable):
             self._num_unusable += bool(captured)
             return []
         size = StepSize.total(everyone)
         chosen = self._smaller(size) if self._storage == "auto" else self._storage
-        self._fold_every = max(1, self._max_samples_per_task // max(1, size.num_samples))
+        self._fold_every = max(1, self._budget.max_samples_per_task // max(1, size.num_samples))
         if chosen == "factors":
-            self._fold_every = max(1, min(self._fold_every, self._max_bytes // 2 // max(1, size.num_bytes)))
-        if chosen == "sampled":
+            self._fold_every = max(
+                1, min(self._fold_every, self._budget.max_bytes // 2 // max(1, size.num_bytes))
+            )
+        if chosen != "factors":
             path, failure = self._coordinates_path(), ""
             if processes.is_first:
                 try:
@@ -181,31 +202,47 @@ class RunStore:
                     failure = str(error)
             if failure := processes.from_first(failure):
                 raise CacheError(failure)
-            self._keep(_loaded(path))
+            self.coordinates = _loaded(path)
+            if chosen == "summed":
+                self._sum(self.coordinates).begin()
         self.chosen = chosen
+        self._keep()
         return captured if usable else []
+
+    def _sum(self, coordinates: Coordinates) -> RunningSums:
+        """Keep sums, whose Fisher is that of their own samples: no captured step waits to be folded."""
+        self.sums = RunningSums(
+            self.cache.directory / "sums",
+            self._processes.rank,
+            self._processes.count,
+            self._projections,
+            coordinates,
+            max(2, self._budget.max_samples_per_task // self._processes.count),
+            self._budget.max_memory_bytes,
+            self._budget.max_bytes // self._processes.count,
+        )
+        self.cache.keep_from(None)
+        return self.sums
 
     def _smaller(self, size: StepSize) -> str:
         """What fits into the budget; the choice is logged."""
-        budget = self._max_bytes // 2
-        num_tasks = max(2, len(size.tasks))  # batches may hold one task each
-        needed = size.bytes_per_sample * self._max_samples_per_task * num_tasks
-        sampled = sampled_bytes(self._projections)
-        chosen = fitting_storage(
-            size.bytes_per_sample, sampled, self._max_samples_per_task, num_tasks, self._max_bytes
+        demand = Demand(
+            size.bytes_per_sample,
+            sampled_bytes(self._projections, size.itemsize),
+            size.num_weights,
+            max(2, len(size.tasks)),  # batches may hold one task each
+            size.itemsize,
         )
-        how = "exact" if chosen == "factors" else chosen
-        rank_zero_info(
-            f"InterferenceMonitor: {how} storage; exact gradients take {needed / 2**30:.3g} GiB for "
-            f"{self._max_samples_per_task} samples of {num_tasks} tasks, and max_cache_gb={self._max_bytes / 2**30:g} "
-            f"leaves {budget / 2**30:.3g} GiB for them."
-        )
-        return chosen
+        fit = StorageFit.of(demand, self._budget, self._processes.count)
+        rank_zero_info(f"InterferenceMonitor: {fit}.")
+        return fit.chosen
 
-    def _keep(self, coordinates: Coordinates | None) -> None:
-        self.coordinates = coordinates
+    def _keep(self) -> None:
+        """Tell the writer what to keep."""
+        coordinates = self.coordinates
         if self._writer and coordinates:
             self._writer.store = lambda step: coordinates.sample(step, self._projections)
+            self._writer.sums = self.sums
 
     def _coordinates_path(self, cache: Path | None = None) -> Path:
         return (cache or self.cache.directory) / "sampling" / "coordinates.safetensors"
@@ -213,18 +250,40 @@ class RunStore:
     # What a measurement reads
 
     def until(self, step: int) -> StoredGradients:
-        """All captured steps before ``step``, with the newest Fisher."""
+        """All captured steps before ``step``, with the newest Fisher; called by all processes.
+
+        Raises:
+            CacheError: If the sums cannot be written for the other processes.
+        """
         return StoredGradients(
             self.cache,
             fisher_directory=self.fisher_directory(step),
             previous_fisher=self.fisher_directory(self.fisher_step),
             folded_until=self.fisher_step,
             coordinates=self.coordinates,
+            window=None if self.sums is None else self._window(self.sums, step),
         )
+
+    def _window(self, sums: RunningSums, step: int) -> Window:
+        """The sums of all processes: of one process from its memory, of several from their disk."""
+        if self._processes.count == 1:
+            return Window(sums.generations, sums.directory, sums.in_memory)
+        generations: list[Generation] = []
+        failure: CacheError | None = None
+        try:
+            generations = sums.snapshot(step, [at for at, _ in self._checkpointed])
+        except CacheError as error:
+            failure = error
+        self._processes.agree(failure)
+        return Window(self._processes.gather(generations), sums.directory, lambda *_: None)
 
     def notes(self) -> dict[str, Any]:
         """How the gradients were stored, for the notes of a heatmap."""
         notes: dict[str, Any] = {"storage": self.chosen}
+        if self.sums is not None:
+            notes["fisher"] = FISHER
+            if self.sums.is_given_up:
+                notes["sums"] = "none: max_cache_gb has no room for them"
         return notes if self.coordinates is None else {**notes, "sampling": self.coordinates.description}
 
     def fisher_directory(self, step: int, cache: Path | None = None) -> Path:
@@ -234,7 +293,8 @@ class RunStore:
     def note_fisher(self, step: int, processes: Processes) -> None:
         """Go on from the Fisher of ``step``, and remove those that no restart needs."""
         self.fisher_step, self._since_fold = step, 0
-        self.cache.keep_from(step)
+        if self.sums is None:
+            self.cache.keep_from(step)
         if processes.is_first:
             steps = {step, *(fisher_step for _, fisher_step in self._checkpointed)}
             needed = {self.fisher_directory(step) for step in steps}
@@ -251,6 +311,9 @@ class RunStore:
         """
         self.is_needed = True
         self._checkpointed = [*self._checkpointed, (step, self.fisher_step)][-2:]
+        if self.sums is not None:
+            self.sums.snapshot(step, [at for at, _ in self._checkpointed])
+            self.cache.hold(self.sums.needed_steps)
         self.cache.note_checkpoint(step)
 
     def state(self) -> dict[str, Any]:
@@ -305,28 +368,25 @@ class RunStore:
                 )
         self.cache.restart_at(step)
         drawn = self._coordinates_path(old)
-        if stored == "sampled" and drawn.exists():
+        if stored in {"summed", "sampled"} and drawn.exists():
             if moved:
                 adopt_directory(drawn.parent, self._coordinates_path().parent)
-            self._keep(_loaded(self._coordinates_path()))
+            self.coordinates = _loaded(self._coordinates_path())
+            if stored == "summed":
+                self._resume_sums(self.coordinates, step, (old or new) / "sums")
+            self._keep()
         self.chosen = stored if stored == "factors" or self.coordinates else ""
         self._checkpointed, self.is_needed = [(step, self.fisher_step)], True
 
-
-def fitting_storage(
-    exact: int | float, sampled: int | float, num_samples: int, num_tasks: int, max_bytes: int
-) -> Literal["factors", "sampled"]:
-    """Exact storage, unless it exceeds its budget and sampled storage is smaller.
-
-    Args:
-        exact: Bytes of a sample in exact storage.
-        sampled: Bytes of a sample in sampled storage.
-        num_samples: Samples of each task.
-        num_tasks: Tasks.
-        max_bytes: Of the cache; half of it is for what checkpoints need.
-    """
-    too_much = exact * num_samples * num_tasks > max_bytes // 2
-    return "sampled" if too_much and sampled < exact else "factors"
+    def _resume_sums(self, coordinates: Coordinates, step: int, source: Path) -> None:
+        sums = self._sum(coordinates)
+        try:
+            sums.resume(step, source)
+        except CacheError as error:
+            warnings.warn(f"{error} The next heatmap rests on new samples only.", stacklevel=2)
+            sums = self._sum(coordinates)
+            sums.begin()
+        self.cache.hold(sums.needed_steps)
 
 
 def _loaded(path: Path) -> Coordinates:

@@ -184,9 +184,9 @@ class Coordinates:
         }
 
 
-def sampled_bytes(projections: Sequence[Projection]) -> int:
+def sampled_bytes(projections: Sequence[Projection], itemsize: int = 4) -> int:
     """What a sample takes on disk at most, without its share of a header."""
-    return 4 * NUM_COORDINATES * sum(projection.num_heads for projection in projections)
+    return itemsize * NUM_COORDINATES * sum(projection.num_heads for projection in projections)
 
 
 def stored_name(projection: Projection) -> str:

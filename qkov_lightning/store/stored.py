@@ -1,4 +1,4 @@
-"""What a measurement reads: the samples of a cache, the weights that it kept, and the Fisher so far."""
+"""What a measurement reads: samples of a cache, the weights that it kept, sums, and the Fisher so far."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qkov_lightning.heads.projections import Projection
@@ -14,6 +14,7 @@ from qkov_lightning.store.cache import GradientCache
 from qkov_lightning.store.files import CacheError
 from qkov_lightning.store.records import CacheRecord
 from qkov_lightning.store.sampling import Coordinates, stored_name, stored_projection
+from qkov_lightning.store.window import Window
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class StoredGradients:
         previous_fisher: Where it was written last time.
         folded_until: First captured step that the previous Fisher does not hold.
         coordinates: Weights that the cache holds of each head; None if it holds all of them.
+        window: The samples that are measured, with their sums; None for the newest ones, without.
     """
 
     cache: GradientCache
@@ -33,6 +35,11 @@ class StoredGradients:
     previous_fisher: Path | None = None
     folded_until: int = 0
     coordinates: Coordinates | None = None
+    window: Window | None = None
+
+    def selected(self) -> list[tuple[CacheRecord, Bool[Tensor, sample]]]:
+        """The records that are measured, oldest first, with a mask of the samples that count."""
+        return self.cache.records(None if self.window is None else self.window.masks)
 
     def as_kept(self, projection: Projection) -> Projection:
         """The projection with the features that its heads have in the cache."""
@@ -56,6 +63,26 @@ class StoredGradients:
         num_other = drawn.slice_size // projection.head_dim
         index = (drawn.own * num_other + drawn.other)[heads].flatten(1)
         return whole[heads].gather(1, index.to(whole.device))
+
+    def means(
+        self, projection: Projection, heads: slice, tasks: Sequence[str], counts: Sequence[int]
+    ) -> Float[Tensor, "3 task head weight"] | None:
+        """Means of gradients, magnitudes and squares over the samples of each task, at all weights.
+
+        Args:
+            projection: The projection.
+            heads: Which heads.
+            tasks: The tasks.
+            counts: Samples of each that are measured.
+
+        Returns:
+            The means; None if there are no sums of just these samples.
+
+        Raises:
+            CacheError: If they cannot be read.
+        """
+        whole = None if self.window is None else self.window.means(stored_name(projection), tasks, counts)
+        return None if whole is None else whole[:, :, heads]
 
     def fisher_path(self, projection: Projection) -> Path:
         """Where the Fisher of a projection is written."""

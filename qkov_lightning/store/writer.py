@@ -14,6 +14,7 @@ import torch
 from qkov_lightning.capture.factors import CapturedStep, GradientFactors
 from qkov_lightning.store.cache import GradientCache
 from qkov_lightning.store.sampling import SampledStep
+from qkov_lightning.store.sums import RunningSums
 
 MAX_PENDING = 2
 """Captured steps that may wait in memory; the next one waits for the disk."""
@@ -30,11 +31,13 @@ class CacheWriter:
 
     Attributes:
         store: Makes of a captured step what is written; it runs on the thread.
+        sums: Take each captured step, too, on the thread; None without sums.
     """
 
     def __init__(self, cache: GradientCache) -> None:
         self._cache = cache
         self.store: Callable[[CapturedStep], CapturedStep | SampledStep] = on_host
+        self.sums: RunningSums | None = None
         self._queue: queue.Queue[tuple[int, Sequence[CapturedStep], Any] | None] = queue.Queue(MAX_PENDING)
         self._thread: threading.Thread | None = None
         self._streams: dict[torch.device, Any] = {}
@@ -114,6 +117,10 @@ class CacheWriter:
             self._num_dropped += 1
             return
         self._cache.append(step, [self.store(one) for one in captured])
+        if self.sums is not None:
+            self.sums.add(step, captured)
+            self.sums.fit_records(self._cache.num_bytes_of)
+            self._cache.hold(self.sums.needed_steps)
         self._num_written += 1
 
 

@@ -137,7 +137,9 @@ MODES: dict[str, dict[str, Any]] = {
     "probe, one process": {"sizes": ALL, "probe": True},
     "probe": {"sizes": EVEN, "probe": True},
     "fsdp, probe": {"sizes": EVEN, "sharded": True, "probe": True},
-    "sampled": {"sizes": EVEN, "sampled": True},
+    "sampled": {"sizes": EVEN, "storage": "sampled"},
+    "summed": {"sizes": EVEN, "storage": "summed"},
+    "summed, one process": {"sizes": ALL, "storage": "summed"},
     "not shared": {"sizes": EVEN, "meddler": OwnDirectory},
     "no directory": {"sizes": EVEN, "learning_rate": 0.05, "meddler": no_directory},
     "full while training": {
@@ -163,7 +165,7 @@ def fit(
     split: int = 1,
     accumulate: int = 1,
     probe: bool = False,
-    sampled: bool = False,
+    storage: Any = "auto",
     seconds: int = 120,
     learning_rate: float = 0.0,
     monitor: bool = True,
@@ -173,7 +175,7 @@ def fit(
         keep_cache=True,
         every_n_steps=1,
         probe=DataLoader(Samples(8), 4) if probe else None,
-        storage="sampled" if sampled else "auto",
+        storage=storage,
     )
     callbacks: list[Callback] = [] if meddler is None else [meddler(watching, root)]
     callbacks += [watching] if monitor else []
@@ -183,7 +185,7 @@ def fit(
         sizes_of_mesh = {"data_parallel_size": 2 // split, "tensor_parallel_size": split}
         strategy = ModelParallelStrategy(**sizes_of_mesh, timeout=timeout)
     module = InOrder(sizes, layers, sharded, learning_rate=learning_rate)
-    if sampled:  # heads of more weights than are kept
+    if storage != "auto":  # heads of more weights than are kept
         attention = GroupedAttention(width=64, heads=2, kv_heads=1, size=16, value_size=16)
         module.network = Classifier([attention, attention], width=64)
     fit = trainer(

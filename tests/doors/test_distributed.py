@@ -177,6 +177,17 @@ def test_a_process_that_stops_in_the_middle_of_a_measurement_holds_the_other_unt
     assert "imed out" in runs.output("stops")
 
 
+def test_two_processes_join_their_sums(runs: Runs) -> None:
+    """Each sees one task. Only the weights that are drawn, from the first batch, may be others."""
+    one, two = runs.heatmap("summed, one process"), runs.heatmap("summed")
+    assert two.notes["storage"] == "summed"
+    for score in ("interference", "relative", "cosine", "conflict"):
+        for pair in one.task_pairs:
+            found, expected = two.values(*pair, score), one.values(*pair, score)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert torch.equal(one.num_samples, two.num_samples)
+
+
 def test_two_processes_keep_the_same_sampled_weights(runs: Runs) -> None:
     """Each sees one task, so that each alone would draw others; process 0 draws for both."""
     heatmap = runs.heatmap("sampled")

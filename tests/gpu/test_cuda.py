@@ -36,6 +36,7 @@ from qkov_lightning.capture.samples import Samples, label_samples
 from qkov_lightning.heads.projected import ProjectedWeight, SubspaceRule
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.measure.recording import Recording
+from qkov_lightning.store.fitting import Budget
 from qkov_lightning.store.writer import CacheWriter
 
 pytestmark = [
@@ -102,6 +103,15 @@ def test_sampled_storage_runs(tmp_path: Path) -> None:
     heatmap = fit(tmp_path, "gpu", storage="sampled").heatmap
     assert heatmap.notes["storage"] == "sampled"
     assert bool(heatmap.values("math", "code")[:, :4, 0].isfinite().all())
+
+
+def test_summed_storage_is_that_of_the_cpu(tmp_path: Path) -> None:
+    expected, found = (fit(tmp_path, where, storage="summed").heatmap for where in ("cpu", "gpu"))
+    assert found.notes["storage"] == "summed"
+    for score in ("interference", "relative", "cosine", "conflict"):
+        torch.testing.assert_close(
+            found.scores[score], expected.scores[score], rtol=1e-3, atol=1e-4, equal_nan=True
+        )
 
 
 class TokenMean(Module):
@@ -245,7 +255,7 @@ def test_a_captured_step_waits_for_the_gpu_only_when_it_ends() -> None:
     targets = torch.arange(4, device="cuda")
     scaler = torch.amp.GradScaler("cuda")
     scaler.scale(torch.ones((), device="cuda"))  # makes its scale, once
-    recording = Recording("factors", 4, 2**20)
+    recording = Recording("factors", Budget(4, 2**20, 2**20))
     recording.capture = GradientCapture(model, find_projections(model))
     labels = label_samples(["a", "b"] * 2, list("wxyz"))
     for _ in range(2):

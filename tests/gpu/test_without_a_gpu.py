@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +29,10 @@ from qkov_lightning.capture.samples import Labels, read_labels
 from qkov_lightning.heads.projected import ProjectedWeight, SubspaceRule
 from qkov_lightning.heads.slices import FrozenSlice
 from qkov_lightning.measure.recording import Recording
-from qkov_lightning.store import streaming
+from qkov_lightning.store import streaming, sum_memory
+from qkov_lightning.store.fitting import Budget
+from qkov_lightning.store.sampling import Coordinates
+from qkov_lightning.store.sums import RunningSums
 
 WAITS = {
     "reading.read_together": "how the loss joins the samples, and which tokens have a gradient: once each",
@@ -175,7 +179,7 @@ class Scaler:
 def test_the_scale_of_a_gradient_scaler_is_asked_for_when_the_step_ends() -> None:
     with SimulatedDevice() as device:
         model, tokens, targets = network().to(DEVICE), TOKENS.to(DEVICE), TARGETS.to(DEVICE)
-        recording, scaler = Recording("factors", 4, 2**20), Scaler(DEVICE)
+        recording, scaler = Recording("factors", Budget(4, 2**20, 2**20)), Scaler(DEVICE)
         recording.capture = GradientCapture(model, find_projections(model))
         recording.start(every_n_steps=1)
         loss = scaler.scale(pooled(model, tokens, targets)) / 2
@@ -257,6 +261,35 @@ def test_a_subspace_is_that_of_the_processor(has_float64: bool, monkeypatch: pyt
         found = measure_subspace(network().to(DEVICE), loader(8), loss=run)
     for name, basis in expected.bases.items():
         torch.testing.assert_close(found.bases[name], basis)
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_sums_are_those_of_the_processor(
+    has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room on the device, each block is summed there and added to the sums of the processor."""
+    monkeypatch.setattr(sum_memory, "free_bytes", lambda _: 2**40 if has_room else 0)
+    on_processor, projections = captured(torch.device("cpu"), named), find_projections(network())
+
+    def summed(step: CapturedStep) -> RunningSums:
+        coordinates = Coordinates.draw([on_processor], projections)
+        running = RunningSums(tmp_path, 0, 1, projections, coordinates, 8, 2**30, 2**30)
+        for number in range(2):
+            running.add(number, [step])
+        return running
+
+    expected = summed(on_processor)
+    with SimulatedDevice():
+        found = summed(captured(DEVICE, named))
+        for task_name in ("a", "b"):
+            for name in ("layer 0 Q", "layer 1 O"):
+                here, there = expected.in_memory(task_name, name), found.in_memory(task_name, name)
+                assert here is not None
+                assert there is not None
+                assert there.device == (DEVICE if has_room else torch.device("cpu"))
+                torch.testing.assert_close(there.cpu(), here)
+        found.close(keep=True)
+        assert found.in_memory("a", "layer 0 Q") is None
 
 
 def test_the_functions_take_tensors_of_the_device() -> None:

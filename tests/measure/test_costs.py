@@ -62,6 +62,20 @@ def test_auto_is_what_the_monitor_and_the_probe_would_take() -> None:
     assert taken(max_memory_gb=3e-4) == {"cache, exact", "probe, linear replicates"}
 
 
+def test_auto_takes_the_first_of_three_storages_that_fits() -> None:
+    """A sample takes 25 kB exactly (6,144 weights), 12 kB sampled; sums of two tasks 147 kB."""
+    wide = Classifier([GroupedAttention(width=64, heads=2, kv_heads=1, size=16, value_size=16)], width=64)
+    for budget, way in ((1.0, "exact"), (2.1e-3, "summed"), (3e-4, "sampled")):
+        found = costs_of(wide, find_projections(wide), Samples(24, 2, 64), SPEED, max_cache_gb=budget)
+        chosen = [cost for cost in found[:3] if cost.remark.endswith("what auto takes")]
+        assert [cost.way for cost in chosen] == [f"cache, {way}"]
+    summed = found[1]
+    # Of all projections in training, and of the largest one once more in a measurement.
+    assert summed.memory_bytes == 256 * 2**20 + 2 * 3 * 4 * (6144 + 2048)
+    # Two generations now and at two checkpoints each, and twice the samples at 512 weights of 6 heads.
+    assert summed.disk_bytes == 6 * 2 * 3 * 4 * 6144 + 2 * 48 * 4 * 512 * 6
+
+
 def test_a_model_without_memory_is_measured_on_paper() -> None:
     with torch.device("meta"):
         empty = model()

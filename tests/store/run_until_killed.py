@@ -21,16 +21,17 @@ from versions import WHOLE_CHECKPOINT
 
 import qkov_lightning.views.loggers
 from qkov_lightning import GradientCache, InterferenceMonitor
+from qkov_lightning.store.run import Storage
 
 EPOCHS = 12
 
 
-def train(root: Path, cache: Path) -> None:
+def train(root: Path, cache: Path, storage: Storage) -> None:
     """Go on from the newest checkpoint that is whole."""
     checkpoints = sorted((root / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     while checkpoints and not _is_whole(checkpoints[-1]):
         checkpoints.pop().unlink()
-    monitor = InterferenceMonitor(every_n_steps=1, max_samples_per_task=9, cache_dir=cache)
+    monitor = InterferenceMonitor(every_n_steps=1, max_samples_per_task=9, cache_dir=cache, storage=storage)
     keep = ModelCheckpoint(root / "checkpoints", filename="{epoch}", save_top_k=-1)
     fit = trainer(root, monitor, keep, max_epochs=EPOCHS, enable_checkpointing=True)
     torch.manual_seed(0)
@@ -51,7 +52,7 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def main(root: Path, kills: int) -> None:
+def main(root: Path, kills: int, storage: Storage) -> None:
     warnings.simplefilter("ignore")
     # Drawing is not what is tested here, and takes most of the time.
     qkov_lightning.views.loggers.render = lambda _: np.zeros((4, 4, 3), dtype=np.uint8)
@@ -61,7 +62,7 @@ def main(root: Path, kills: int) -> None:
         run = root / f"run-{finished}"
         child = os.fork()
         if child == 0:
-            train(run, run / "cache")
+            train(run, run / "cache", storage)
             os._exit(0)
         if killed < kills:
             time.sleep(generator.uniform(0.0, 0.7))
@@ -85,6 +86,6 @@ def main(root: Path, kills: int) -> None:
 if __name__ == "__main__":
     if sys.argv[2] == "0":
         warnings.simplefilter("ignore")
-        train(Path(sys.argv[1]), Path(sys.argv[1]) / "cache")
+        train(Path(sys.argv[1]), Path(sys.argv[1]) / "cache", sys.argv[3])  # type: ignore[arg-type]
     else:
-        main(Path(sys.argv[1]), int(sys.argv[2]))
+        main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])  # type: ignore[arg-type]

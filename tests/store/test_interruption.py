@@ -20,12 +20,12 @@ from qkov_lightning import InterferenceHeatmap, InterferenceMonitor
 SCRIPT = Path(__file__).with_name("run_until_killed.py")
 
 
-def run(root: Path, kills: int) -> str:
+def run(root: Path, kills: int, storage: str) -> str:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), *sys.path]),
     }
-    command = [sys.executable, str(SCRIPT), str(root), str(kills)]
+    command = [sys.executable, str(SCRIPT), str(root), str(kills), storage]
     result = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=500, check=False
     )
@@ -33,10 +33,11 @@ def run(root: Path, kills: int) -> str:
     return result.stdout
 
 
-def test_fifty_kills_change_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("storage", "kills"), [("auto", 50), ("summed", 20)])
+def test_many_kills_change_no_number(tmp_path: Path, storage: str, kills: int) -> None:
     """Every restart resumes, the cache holds whole records only, and the last heatmap is the same."""
-    run(tmp_path / "straight", 0)
-    assert "killed 50" in run(tmp_path / "killed", 50)
+    run(tmp_path / "straight", 0, storage)
+    assert f"killed {kills}" in run(tmp_path / "killed", kills, storage)
     straight = InterferenceHeatmap.load(tmp_path / "straight" / "interference" / "latest.json")
     finished = sorted((tmp_path / "killed").glob("*/interference/latest.json"))
     final = [InterferenceHeatmap.load(path) for path in finished]
@@ -81,19 +82,19 @@ class Stopping(Module):
 
 @pytest.mark.skipif(not WHOLE_CHECKPOINT, reason="Lightning before 2.6 does not keep the place of a loader")
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stop_at", [3, 8, 13])
+@pytest.mark.parametrize(("storage", "stop_at"), [("auto", 3), ("auto", 8), ("auto", 13), ("summed", 8)])
 @pytest.mark.filterwarnings(
     "ignore:.*does not have many workers.*", "ignore:.*resumable.*", "ignore:.*exists and is not empty.*"
 )
 def test_a_run_that_resumes_within_an_epoch_changes_no_number(
-    tmp_path: Path, stop_at: int, accumulate: int
+    tmp_path: Path, storage: Any, stop_at: int, accumulate: int
 ) -> None:
     """With a loader that knows its place. Without one Lightning begins the data of the epoch again."""
 
     def fit(folder: str, stop: int | None = None, checkpoint: Path | None = None) -> InterferenceMonitor:
         module = Stopping()
         module.stop_at = stop
-        monitor = InterferenceMonitor(every_n_steps=1, max_samples_per_task=8)
+        monitor = InterferenceMonitor(every_n_steps=1, max_samples_per_task=8, storage=storage)
         keep = ModelCheckpoint(
             tmp_path / folder / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}"
         )
