@@ -105,17 +105,7 @@ def probe(arguments: argparse.Namespace) -> None:
     loader = DataLoader(windows, arguments.batch_size)
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
 
-    model.training_step(next(iter(loader)), 0).backward()  # the first pass is slower
-    model.zero_grad()
-    began = time.perf_counter(), time.process_time()
-    for batch in loader:
-        model.training_step(batch, 0).backward()
-        model.zero_grad()
-    passes = time.perf_counter() - began[0], time.process_time() - began[1]
-    print(f"forward and backward over {len(windows)} x {arguments.tokens} tokens: {passes[0]:.1f} s "
-          f"({passes[1]:.1f} s of processor time)", flush=True)  # fmt: skip
-
-    began = time.perf_counter(), time.process_time()
+    watch = time.perf_counter(), time.process_time()
     heatmap = probe_interference(
         model,
         loader,
@@ -123,10 +113,20 @@ def probe(arguments: argparse.Namespace) -> None:
         max_memory_gb=arguments.max_memory_gb,
         replicates=arguments.replicates,
     )
-    took = time.perf_counter() - began[0], time.process_time() - began[1]
+    took = time.perf_counter() - watch[0], time.process_time() - watch[1]
+    # Before anything else takes memory.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"streamed probe: {took[0]:.1f} s ({took[1]:.1f} s of processor time), {took[0] / passes[0]:.2f} "
-          f"({took[1] / passes[1]:.2f}) times as long; peak memory {peak:.1f} GiB; {heatmap.notes['replicates']} replicates, {len(heatmap.pairs)} sample pairs")  # fmt: skip
+    print(f"streamed probe: {took[0]:.1f} s ({took[1]:.1f} s of processor time); peak memory {peak:.1f} GiB; "
+          f"{heatmap.notes['replicates']} replicates, {len(heatmap.pairs)} sample pairs", flush=True)  # fmt: skip
+
+    watch = time.perf_counter(), time.process_time()
+    for batch in loader:
+        model.training_step(batch, 0).backward()
+        model.zero_grad()
+    passes = time.perf_counter() - watch[0], time.process_time() - watch[1]
+    print(f"forward and backward over {len(windows)} x {arguments.tokens} tokens: {passes[0]:.1f} s "
+          f"({passes[1]:.1f} s of processor time); the probe took {took[0] / passes[0]:.2f} "
+          f"({took[1] / passes[1]:.2f}) times as long")  # fmt: skip
     for a, b in heatmap.task_pairs:
         worst = heatmap.cells(a, b, "loss_rise")[0]
         print(f"{b} on {a}: loss_rise of {worst.name} {worst.value:.2e} ± {worst.standard_error:.1e}")
@@ -137,14 +137,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8, help="samples of each task")
     parser.add_argument("--tokens", type=int, default=64, help="tokens of a sample")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--storage", choices=["factors", "sampled"], default="factors")
+    parser.add_argument("--storage", choices=["factors", "summed", "sampled"], default="factors")
     parser.add_argument(
         "--precision", default="bf16-true", help="of the weights, as in Trainer(precision=...)"
     )
     parser.add_argument("--probe", action="store_true", help="measure fixed samples, without training")
     parser.add_argument("--layers", type=int, default=28, help="of the model")
     parser.add_argument("--vocabulary", type=int, default=SHAPE.vocab_size, help="of the model")
-    parser.add_argument("--max-memory-gb", type=float, default=4.0, help="for the sums of the probe")
+    parser.add_argument("--max-memory-gb", type=float, default=4.0, help="for sums")
     parser.add_argument(
         "--replicates", choices=["auto", "exact", "linear"], default="auto", help="of the probe"
     )
@@ -158,7 +158,13 @@ def main() -> None:
     if arguments.probe:
         probe(arguments)
         return
-    monitor = InterferenceMonitor(every_n_steps=1, num_hot_cells=3, storage=arguments.storage)
+    monitor = InterferenceMonitor(
+        every_n_steps=1,
+        num_hot_cells=3,
+        storage=arguments.storage,
+        max_memory_gb=arguments.max_memory_gb,
+        max_cache_gb=64,
+    )
     stopwatch = Stopwatch()
     trainer = Trainer(
         max_epochs=1, accelerator="cpu", precision=arguments.precision, logger=False, callbacks=[monitor, stopwatch],

@@ -10,9 +10,10 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from caches import STORAGES, bytes_per_sample
+from caches import bytes_per_sample
 from memory import peak_of
 from peers import PEERS, bytes_below, problem
 from shapes import LanguageModel, batch_of, gpt2, qwen3
@@ -22,7 +23,11 @@ from trainees import Trainee
 from qkov_lightning import GradientCache, InterferenceMonitor
 
 SHAPES = {"GPT-2, 12 layers": gpt2, "Qwen3-0.6B, 4 layers": qwen3}
-OURS = {"qkov_lightning, factors": "exact", "qkov_lightning, 512 weights of each head": "sampled"}
+OURS: dict[str, Any] = {
+    "qkov_lightning, factors": "factors",
+    "qkov_lightning, sums and 512 weights of each head": "summed",
+    "qkov_lightning, 512 weights of each head": "sampled",
+}
 """Our ways to store, by name."""
 
 
@@ -32,7 +37,7 @@ def bench_step_and_bytes(
 ) -> None:
     model, rounds = SHAPES[shape](), request.config.getoption("rounds")
     monitors = {
-        name: InterferenceMonitor(every_n_steps=1, keep_cache=True, **STORAGES[storage])
+        name: InterferenceMonitor(every_n_steps=1, keep_cache=True, storage=storage)
         for name, storage in OURS.items()
     }
     trainees = {"plain": Trainee(LanguageModel(copy.deepcopy(model)), tmp_path)} | {
