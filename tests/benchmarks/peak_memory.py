@@ -32,7 +32,9 @@ def peak() -> int:
 def train(every_n_steps: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         every = int(every_n_steps)
-        return _trained(folder, *([InterferenceMonitor(every_n_steps=every)] if every else []))
+        return _trained(
+            folder, *([InterferenceMonitor(every_n_steps=every, storage="exact")] if every else [])
+        )
 
 
 def beside(peer: str) -> int:
