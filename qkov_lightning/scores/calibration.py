@@ -106,9 +106,12 @@ def calibrated(statistics: SliceStatistics, known: KnownMeans) -> SliceStatistic
     s = statistics
     is_own = s.membership.T.unsqueeze(-1).bool()
 
-    def factor(known_mean: Tensor, value: Tensor) -> Tensor:
+    def growth(known_mean: Tensor, value: Tensor) -> Tensor:
         mean = s.task_mean(value)
-        return s.of_own_task(torch.where(mean > 0, known_mean / mean, torch.ones_like(mean)))
+        return torch.where(mean > 0, known_mean / mean, torch.ones_like(mean))
+
+    def factor(known_mean: Tensor, value: Tensor) -> Tensor:
+        return s.of_own_task(growth(known_mean, value))
 
     def shift(known_mean: Tensor, value: Tensor) -> Tensor:
         # Without a sample a mean is none, and 0 times it would be none for all.
@@ -133,11 +136,5 @@ def calibrated(statistics: SliceStatistics, known: KnownMeans) -> SliceStatistic
         response=s.response + response,
         own_slope=s.own_slope + shift(own_response, s.own_slope),
         half_responses=s.half_responses + response[:, None],
-        left_out=None if s.left_out is None else s.left_out * _growth(s, known),
+        left_out=None if s.left_out is None else s.left_out * growth(known.sensitivity, s.sensitivity),
     )
-
-
-def _growth(s: SliceStatistics, known: KnownMeans) -> Float[Tensor, "task_a task_b head"]:
-    """By what factor the sensitivities grow."""
-    mean = s.task_mean(s.sensitivity)
-    return torch.where(mean > 0, known.sensitivity / mean, torch.ones_like(mean))

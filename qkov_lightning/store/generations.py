@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qkov_lightning.store.files import CacheError, whole_file, write_durably
+from qkov_lightning.store.records import checksum
 
 KINDS = ("gradient", "magnitude", "square")
 """What is summed at every weight, in this order."""
@@ -123,7 +122,7 @@ def write_sums(folder: Path, name: str, sums: Float[Tensor, "3 head weight"]) ->
     except OSError as error:
         raise CacheError(f"{folder} cannot be written: {error}") from error
     host = sums.detach().cpu().contiguous()
-    write_durably(sums_path(folder, name), {"sums": host}, {"qkov_sums": str(_checksum(host))})
+    write_durably(sums_path(folder, name), {"sums": host}, {"qkov_sums": str(checksum(host))})
 
 
 def read_sums(folder: Path, name: str) -> Float[Tensor, "3 head weight"]:
@@ -135,16 +134,12 @@ def read_sums(folder: Path, name: str) -> Float[Tensor, "3 head weight"]:
     path = sums_path(folder, name)
     try:
         with safe_open(path, framework="pt") as file:
-            sums, checksum = file.get_tensor("sums"), int(file.metadata()["qkov_sums"])
+            sums, expected = file.get_tensor("sums"), int(file.metadata()["qkov_sums"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CacheError(f"The sums in {path} cannot be read: {error}") from error
-    if sums.ndim != 3 or len(sums) != len(KINDS) or _checksum(sums) != checksum:
+    if sums.ndim != 3 or len(sums) != len(KINDS) or checksum(sums) != expected:
         raise CacheError(f"The sums in {path} do not match their checksum.")
     return sums
-
-
-def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.flatten().view(torch.uint8).numpy().data)
 
 
 def write_manifest(path: Path, closed: Sequence[Generation], current: Sequence[Generation]) -> None:

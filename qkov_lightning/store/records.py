@@ -76,7 +76,7 @@ class CacheRecord:
                     parts[part] = file.get_tensor(key)
                     if (self.path, key) in verified:
                         continue
-                    if _checksum(parts[part]) != self.checksums[key]:
+                    if checksum(parts[part]) != self.checksums[key]:
                         raise CacheError(f"Cache file {self.path}: tensor {key} does not match its checksum.")
                     verified.add((self.path, key))
         except (OSError, SafetensorError) as error:
@@ -88,7 +88,8 @@ class CacheRecord:
         return DenseGradients(**parts) if "gradient" in parts else GradientFactors(**parts)
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor."""
     return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
 
@@ -186,7 +187,7 @@ def _finished(
         "scales": step.scales.tolist(),
         "num_terms": step.num_terms.tolist(),
         "modules": modules,
-        "crc32": {key: _checksum(tensor) for key, tensor in tensors.items()},
+        "crc32": {key: checksum(tensor) for key, tensor in tensors.items()},
     }
     return tensors, header
 

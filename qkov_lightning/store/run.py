@@ -192,7 +192,7 @@ class RunStore:
             self._fold_every = max(
                 1, min(self._fold_every, self._budget.max_bytes // 2 // max(1, size.num_bytes))
             )
-        if chosen != "factors":
+        else:
             path, failure = self._coordinates_path(), ""
             if processes.is_first:
                 try:

@@ -215,7 +215,7 @@ class RunningSums:
     @property
     def needed_steps(self) -> set[int]:
         """Captured steps whose samples are in one of the generations, now or at a checkpoint."""
-        return _steps([*self.generations, *(one for some in self._needed_later.values() for one in some)])
+        return _steps(self._needed)
 
     def in_memory(self, task: str, name: str) -> Float[Tensor, "3 head weight"] | None:
         """The current sums of a projection; None if there are none."""
@@ -308,9 +308,12 @@ class RunningSums:
         return self._disk.write(one, self._sums[task])
 
     def _remove_unneeded(self) -> None:
-        later = [one for some in self._needed_later.values() for one in some]
-        kept = {one.folder for one in (*self.generations, *later)}
-        self._disk.remove_all_but(kept, self._needed_later)
+        self._disk.remove_all_but({one.folder for one in self._needed}, self._needed_later)
+
+    @property
+    def _needed(self) -> list[Generation]:
+        """All of the present, and those of checkpoints."""
+        return [*self.generations, *(one for some in self._needed_later.values() for one in some)]
 
 
 def _steps(generations: Sequence[Generation]) -> set[int]:

@@ -41,11 +41,6 @@ class Window:
         # Oldest first: sums in float32 depend on the order.
         self._generations.sort(key=lambda one: (one.task, one.first_step, *min(one.members)))
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no sample was summed yet."""
-        return not self._generations
-
     def masks(self, records: Sequence[CacheRecord]) -> list[Bool[Tensor, sample]]:
         """Which samples of each record count: one that a step holds twice counts where it comes first."""
         missing = {
