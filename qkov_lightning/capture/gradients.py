@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from jaxtyping import Float, Int
@@ -74,6 +75,24 @@ def select_samples(
     offsets = source.offsets[start : stop + 1]
     tokens = slice(int(offsets[0]), int(offsets[-1]))
     return GradientFactors(source.activation[tokens], source.grad_output[tokens], offsets - offsets[0])
+
+
+@overload
+def owned_part(
+    source: GradientFactors,
+    projection: Projection,
+    sample_scale: Float[Tensor, sample],
+    device: torch.device | str = "cpu",
+) -> GradientFactors: ...
+
+
+@overload
+def owned_part(
+    source: GradientFactors | DenseGradients,
+    projection: Projection,
+    sample_scale: Float[Tensor, sample],
+    device: torch.device | str = "cpu",
+) -> GradientFactors | DenseGradients: ...
 
 
 def owned_part(

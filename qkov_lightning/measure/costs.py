@@ -19,12 +19,7 @@ from qkov_lightning.capture.gradients import BLOCK_BYTES
 from qkov_lightning.heads.inspection import cache_bytes_per_sample
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import Projection
-from qkov_lightning.measure.allotment import (
-    Replicates,
-    heads_of,
-    numbers_per_weight,
-    split_into_sweeps,
-)
+from qkov_lightning.measure.allotment import Plan, Replicates, heads_of, numbers_per_weight
 from qkov_lightning.measure.jackknife import MAX_GROUPS
 from qkov_lightning.store.fitting import Budget, Demand, StorageFit
 from qkov_lightning.store.generations import KINDS
@@ -172,27 +167,29 @@ def costs_of(
         ),
     ]
     groups = min(MAX_GROUPS, samples.num_samples)
-    fits = 4 * numbers_per_weight(samples.num_tasks, "exact", groups) * num_weights <= max_memory_bytes
+    numbers = numbers_per_weight(samples.num_tasks, ("compare",), groups)
+    fits = 4 * numbers * num_weights <= max_memory_bytes
     kinds: tuple[Replicates, ...] = ("exact", "linear")
     for kind in kinds:
-        numbers = numbers_per_weight(samples.num_tasks, kind, groups)
-        if max(one.size for one in heads) * 4 * numbers > max_memory_bytes:
+        try:
+            plan = Plan.of(heads, samples.num_tasks, kind, groups, max_memory_bytes // 4)
+        except ValueError:
             continue  # not even in many sweeps
-        sweeps = split_into_sweeps(heads, max_memory_bytes // (4 * numbers))
-        stages = 2 if kind == "exact" else 3
         steps = SCORE_STEPS[kind] * (1 + groups if kind == "exact" else 1)
-        passes = stages * sum(_pass_operations(model, own[-1].projection, projections) for own in sweeps)
-        seconds = passes * samples.num_tokens / speed.products + stages * outer
+        operations = 0.0
+        for swept in (
+            [sweep.heads[place] for place in one.stages] for sweep in plan.sweeps for one in sweep.passes
+        ):
+            operations += _pass_operations(model, swept[-1].projection, projections)
+            operations += 2 * sum(one.size for one in swept)
+        seconds = operations * samples.num_tokens / speed.products
         result.append(
             Cost(
                 f"probe, {kind} replicates",
                 0,
-                max((4 * numbers * sum(one.size for one in own) for own in sweeps), default=0) + BLOCK_BYTES,
+                4 * plan.max_numbers + BLOCK_BYTES,
                 samples.count * (seconds + steps * num_weights / speed.elements),
-                _auto(
-                    (kind == "exact") == fits,
-                    f"{len(sweeps)} {'sweep' if len(sweeps) == 1 else 'sweeps'} of {stages} passes, {numbers} numbers a weight",
-                ),
+                _auto((kind == "exact") == fits, f"{plan}, {_most(plan):.3g} numbers a weight"),
             )
         )
     return result
@@ -245,6 +242,15 @@ def _pass_operations(model: nn.Module, lowest: Projection, projections: Sequence
     num_layers = 1 + max(one.layer for one in projections)
     reached = 1 - lowest.layer / num_layers
     return 2 * (whole + head + (whole - head) * reached)
+
+
+def _most(plan: Plan) -> float:
+    """Numbers that are kept of each weight at most."""
+    return max(
+        one.numbers / sum(heads.size for heads in sweep.heads)
+        for sweep in plan.sweeps
+        for one in sweep.passes
+    )
 
 
 def _auto(chosen: bool, remark: str) -> str:

@@ -26,24 +26,26 @@ from qkov_lightning.heads.finding import find_projections
 from qkov_lightning.heads.maps import find_map
 from qkov_lightning.heads.projections import BLOCKS, BY_NAME, Projection, num_heads, num_layers
 from qkov_lightning.measure.allotment import (
+    Pass,
+    Plan,
     Replicates,
     SweptHeads,
     heads_of,
     numbers_per_weight,
-    split_into_sweeps,
 )
-from qkov_lightning.measure.cells import Cell, SamplePair
+from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
+from qkov_lightning.measure.held import HeldGradients, HotHead
 from qkov_lightning.measure.jackknife import MAX_GROUPS, num_groups_of, rounded
 from qkov_lightning.measure.measurement import check_size, described_layers
 from qkov_lightning.measure.pairs import hot_cells
 from qkov_lightning.measure.passes import OtherSamplesError, Probe, ProbePasses, ProbeSamples, first_batch
-from qkov_lightning.measure.sweeps import Found, ProbeSweeps, held_pairs
+from qkov_lightning.measure.sweeps import Found, Measured, ProbeSweeps
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings, check_values
 from qkov_lightning.store.processes import Processes
-from qkov_lightning.store.streaming import HELD_BYTES, restricted
+from qkov_lightning.store.streaming import restricted
 
 MAX_MEMORY_GB = 4.0
 """Memory for the sums of a probe, in GiB."""
@@ -101,7 +103,8 @@ def probe_interference(
         settings: What the scores depend on; the Fisher of a probe is a plain mean and has no decay.
         processes: Those that measure together. Each runs all samples and takes the sums of some layers, so
             that the result is that of one process to the last bit; the more there are, the fewer sweeps.
-        max_memory_gb: Memory for the sums of each process, in GiB. Where not all layers fit, they are swept
+        max_memory_gb: Memory of each process for sums, and for samples that wait to be summed together, in
+            GiB. Where not all layers fit, they are swept
             some at a time, with passes over the samples for each sweep; scores do not depend on it.
         replicates: "exact" leaves each group out of all sums, which takes about 17 times their memory;
             "linear" sums up what each sample of the group moves the scores by; "auto" is exact where the
@@ -147,8 +150,9 @@ def probe_interference(
         raise ValueError(
             "The forward passes hold other samples from pass to pass, expected the same each time."
         )
-    heatmap = measuring.heatmap(samples, *found)
-    pairs = processes.gather(measuring.in_all(partial(measuring.pairs, samples, heatmap)))
+    measuring.check_seen(found.unseen)
+    heatmap = measuring.heatmap(samples, processes.gather(found.found))
+    pairs = processes.gather(measuring.in_all(partial(measuring.pairs, samples, heatmap, found.held)))
     pairs.sort(key=lambda pair: -(pair.harm or 0.0))
     return replace(heatmap, pairs=tuple(pairs))
 
@@ -181,37 +185,40 @@ class _Measuring:
             raise failure or ValueError("Another process cannot measure the probe, and says why.")
         return result[0]
 
-    def sweep(self, samples: ProbeSamples) -> tuple[list[Found], set[int]] | None:
+    def sweep(self, samples: ProbeSamples) -> Measured | None:
         """Scores of the heads of this process; None if the samples turn out to be others."""
         check_size(sorted(set(samples.tasks)), self.projections)
         groups, kind = self._kind(samples)
-        numbers = numbers_per_weight(len(set(samples.tasks)), kind or "linear", groups)
         own = self._heads([one for one in self.projections if self.processes.takes(one.layer)])
-        sweeps = split_into_sweeps(own, self.max_bytes // (numbers * self._itemsize))
-        if len(sweeps) > 1 or (kind == "linear" and self.replicates == "auto"):
+        max_numbers = self.max_bytes // self._itemsize
+        plan = Plan.of(own, len(set(samples.tasks)), kind or "linear", groups, max_numbers)
+        if len(plan.sweeps) > 1 or (kind == "linear" and self.replicates == "auto"):
             rank_zero_info(
-                f"Probe: {len(samples)} samples, {len(sweeps)} {'sweep' if len(sweeps) == 1 else 'sweeps'} of {2 if kind == 'exact' else 3} passes, each with the "
-                f"sums of as many heads as fit into {self.max_bytes / 2**30:.3g} GiB; {kind} replicates."
+                f"Probe: {len(samples)} samples, {plan} over them, with the sums of as many heads as fit into "
+                f"{self.max_bytes / 2**30:.3g} GiB; {kind} replicates."
             )
+        # Other processes know of cells that may be hotter.
+        alone = self.processes.count == 1 and self.settings.num_hot_cells > 0
+        choose = partial(self._likely, samples) if alone else None
         try:
-            together = HELD_BYTES // max(
-                1, self._itemsize * sum(one.size for one in self._heads(self.projections))
-            )
-            return ProbeSweeps(self.passes, samples, self.settings, kind, groups, together).measure(sweeps)
+            return ProbeSweeps(self.passes, samples, self.settings, kind, groups).measure(plan, choose)
         except OtherSamplesError:
             return None
 
-    def heatmap(self, samples: ProbeSamples, own: list[Found], unseen: set[int]) -> InterferenceHeatmap:
-        """Everything but the sample pairs, the same in every process.
+    def check_seen(self, unseen: set[int]) -> None:
+        """Refuse batches that tell nothing.
 
         Raises:
-            ValueError: If no projection took part in a batch.
+            ValueError: If no projection took part in a batch, in any process.
         """
         lost = set.intersection(*self.processes.gather([unseen]))
         if lost:
             raise ValueError(
                 f"No attention projection took part in the loss of batch {min(lost)} of the probe."
             )
+
+    def heatmap(self, samples: ProbeSamples, own: list[Found]) -> InterferenceHeatmap:
+        """Everything but the sample pairs, the same in every process."""
         tasks = sorted(set(samples.tasks))
         groups, kind = self._kind(samples)
         cells = (len(tasks), num_layers(self.projections), num_heads(self.projections), len(BLOCKS))
@@ -219,7 +226,7 @@ class _Measuring:
         shape = (len(tasks), *cells)
         scores, variances = ({name: _unknown(shape) for name in SCORES} for _ in range(2))
         replicates = {name: _unknown((groups, *shape)) for name in SCORES if kind}
-        for found in self.processes.gather(own):
+        for found in own:
             heads = slice(found.first_head, found.first_head + len(next(iter(found.values.values()))[0, 0]))
             num_samples[:, found.layer, heads, found.block] = found.num_samples[:, None]
             for target, values in (
@@ -243,24 +250,47 @@ class _Measuring:
             notes=notes,
         )
 
-    def pairs(self, samples: ProbeSamples, heatmap: InterferenceHeatmap) -> list[SamplePair]:
-        """The sample pairs of the most harm, from one more pass that holds the gradients of a few heads."""
+    def pairs(
+        self, samples: ProbeSamples, heatmap: InterferenceHeatmap, held: HeldGradients | None
+    ) -> list[SamplePair]:
+        """The sample pairs of the most harm, with one more pass for heads whose gradients are not held."""
+        pairs: list[SamplePair] = []
+        others: list[HotHead] = []
+        for one in self._hot_heads(heatmap):
+            if held and one in held:
+                pairs += held.pairs(one, samples, self.settings)
+            else:
+                others.append(one)
+        while others:
+            # The gradients of all samples, those of each task, their contributions, and their magnitudes.
+            together = max(1, self.max_bytes // (4 * self._held_bytes(samples, others[0])))
+            some, others = others[:together], others[together:]
+            held = HeldGradients(some, len(samples), self.passes.summing_device)
+            self.passes.run(held.projections, held.take)
+            for one in some:
+                pairs += held.pairs(one, samples, self.settings)
+        return pairs
+
+    def _hot_heads(self, heatmap: InterferenceHeatmap) -> list[HotHead]:
+        """The heads of this process whose sample pairs are wanted."""
         hot = hot_cells(heatmap, self.settings.num_hot_cells)
-        wanted: list[tuple[SweptHeads, list[Cell]]] = []
+        wanted = []
         for one in self.projections:
             cells = hot.get((one.layer, one.block), []) if self.processes.takes(one.layer) else []
             for head in sorted({cell.head for cell in cells}):
                 alone = restricted(one, slice(head, head + 1))
                 (heads,) = heads_of(self.model, [alone], self._itemsize)
-                wanted.append((heads, [cell for cell in cells if cell.head == head]))
-        pairs: list[SamplePair] = []
-        while wanted:
-            # The gradients of all samples, those of each task, their contributions, and their magnitudes.
-            head_bytes = 4 * len(samples) * wanted[0][0].num_weights * self._itemsize
-            together = max(1, self.max_bytes // head_bytes)
-            pairs += held_pairs(self.passes, samples, wanted[:together], self.settings)
-            wanted = wanted[together:]
-        return pairs
+                wanted.append(HotHead(heads, head, [cell for cell in cells if cell.head == head]))
+        return wanted
+
+    def _likely(self, samples: ProbeSamples, found: list[Found], one: Pass) -> list[HotHead]:
+        """The same before a pass, as far as it leaves memory: with errors that miss what only it tells."""
+        wanted = self._hot_heads(self.heatmap(samples, found))
+        left = self.max_bytes - one.numbers * self._itemsize
+        return wanted[: left // self._held_bytes(samples, wanted[0])] if wanted else []
+
+    def _held_bytes(self, samples: ProbeSamples, head: HotHead) -> int:
+        return len(samples) * head.heads.num_weights * self._itemsize
 
     def _kind(self, samples: ProbeSamples) -> tuple[int, Replicates | None]:
         """Groups that replicates leave out, and how: the same for any number of processes."""
@@ -270,7 +300,7 @@ class _Measuring:
         if self.replicates != "auto":
             return groups, self.replicates
         num_weights = sum(heads.size for heads in self._heads(self.projections))
-        numbers = numbers_per_weight(len(set(samples.tasks)), "exact", groups)
+        numbers = numbers_per_weight(len(set(samples.tasks)), ("compare",), groups)
         return groups, "exact" if numbers * num_weights * self._itemsize <= self.max_bytes else "linear"
 
     def _heads(self, projections: Sequence[Projection]) -> list[SweptHeads]:

@@ -1,9 +1,9 @@
 r"""A probe that streams: passes over its samples, which sum or compare every gradient and forget it.
 
 The first pass sums the gradients of each task, the second takes the products of each sample with these sums,
-and the third, where errors come from what each sample moves, the products with the responses of the second.
-Only the sums have the size of the weights. As many heads as ``max_bytes`` holds the sums of are swept at a
-time, the topmost layers first, so that their backward passes end early.
+and the last, where errors come from what each sample moves, the products with the responses of the second.
+Only the sums have the size of the weights. As many heads as fit into memory are swept at a time, the topmost
+layers first, so that their backward passes end early.
 
 The errors of a heatmap come from replicates, each without one group of samples:
 
@@ -14,8 +14,9 @@ The errors of a heatmap come from replicates, each without one group of samples:
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,11 +27,12 @@ from torch import Tensor
 
 from qkov_lightning.capture.factors import CapturedStep
 from qkov_lightning.heads.projections import BLOCKS
-from qkov_lightning.measure.allotment import Replicates, SweptHeads
-from qkov_lightning.measure.cells import Cell, SamplePair
+from qkov_lightning.measure.allotment import Pass, Plan, Replicates, Stage, SweptHeads
+from qkov_lightning.measure.held import HeldGradients, HotHead
 from qkov_lightning.measure.jackknife import left_out_together, unit_numbers
-from qkov_lightning.measure.pairs import pairs_of_head
-from qkov_lightning.measure.passes import ProbePasses, ProbeSamples, without_autocast
+from qkov_lightning.measure.memory import release
+from qkov_lightning.measure.passes import ProbePasses, ProbeSamples
+from qkov_lightning.measure.waiting import WaitingGradients
 from qkov_lightning.scores.reduction import Deal, SliceReduction
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings
@@ -60,6 +62,25 @@ class Found:
     replicates: dict[str, Float[Tensor, "group task_a task_b head"]]
 
 
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What the sweeps found.
+
+    Attributes:
+        found: Scores of all heads.
+        unseen: Batches in which none of them took part.
+        held: Gradients of the heads that were chosen.
+    """
+
+    found: list[Found]
+    unseen: set[int]
+    held: HeldGradients | None
+
+
+Choose = Callable[[list[Found], Pass], list[HotHead]]
+"""Takes scores and a pass, and gives the heads whose gradients that pass shall hold."""
+
+
 class ProbeSweeps:
     """The sweeps over a probe that measure some projections.
 
@@ -69,7 +90,6 @@ class ProbeSweeps:
         settings: What the scores depend on.
         replicates: How replicates are made; None for no replicates.
         num_groups: Groups of samples that replicates leave out.
-        together: Samples whose gradients may wait for each other, so that they are summed at once.
     """
 
     def __init__(
@@ -79,9 +99,8 @@ class ProbeSweeps:
         settings: ScoreSettings,
         replicates: Replicates | None,
         num_groups: int,
-        together: int,
     ) -> None:
-        self._passes, self._settings, self._together = passes, settings, together
+        self._passes, self._settings = passes, settings
         self._num_batches, self._with_influence = len(samples.steps), replicates != "exact"
         device = passes.summing_device
         tasks = sorted(set(samples.tasks))
@@ -99,35 +118,66 @@ class ProbeSweeps:
                 others = (indices.masked_fill(groups == one, -1) for one in range(num_groups))
                 self._deals += [Deal.of(some, alone, self._num_terms, len(tasks)) for some in others]
 
-    def measure(self, sweeps: Sequence[Sequence[SweptHeads]]) -> tuple[list[Found], set[int]]:
-        """The scores of all heads, and the batches in which none of them took part."""
-        found: list[Found] = []
-        unseen = set(range(self._num_batches))
-        began = time.monotonic()
-        stages = ["add", "compare", *(["derive"] if self._with_influence else [])]
-        for number, sweep in enumerate(sweeps):
-            reductions: dict[int, list[SliceReduction]] = {}
-            for stage in stages:
-                reduce = partial(self._reduce, reductions, stage)
-                stream = _Stream(sweep, reduce, self._together, self._passes.summing_device)
-                missed = self._passes.run([heads.projection for heads in sweep], partial(self._visit, stream))
-                stream.flush()
-                unseen -= set(range(self._num_batches)) - missed
-                if number == 0 and stage == "add" and len(sweeps) > 1:
-                    minutes = (time.monotonic() - began) * len(sweeps) * len(stages) / 60
-                    rank_zero_info(f"Probe: the first of {len(sweeps) * len(stages)} passes is done; about "
-                                   f"{minutes:.3g} minutes in all.")  # fmt: skip
-            found += self._found(sweep, reductions)
-        return found, unseen
+    def measure(self, plan: Plan, choose: Choose | None = None) -> Measured:
+        """The scores of all heads.
 
-    def _visit(self, stream: _Stream, first: int, step: CapturedStep) -> None:
-        self._num_terms[first : first + len(step.samples)] = step.num_terms.to(self._num_terms)
-        stream.take(first, step)
+        Args:
+            plan: Which heads are swept in which passes.
+            choose: Takes the scores before samples are derived, with errors that miss what only that tells,
+                and that pass; gives the heads whose gradients the pass shall hold.
+        """
+        found: list[Found] = []
+        held: HeldGradients | None = None
+        unseen = set(range(self._num_batches))
+        release()
+        began, num_done = time.monotonic(), 0
+        for sweep in plan.sweeps:
+            reductions: dict[int, list[SliceReduction]] = {}
+            for one in sweep.passes:
+                holds = held is None and sweep is plan.sweeps[-1] and ("derive",) in one.stages.values()
+                if choose and holds:
+                    wanted = choose([*found, *self._found(sweep.heads, dict(reductions))], one)
+                    held = HeldGradients(wanted, len(self._num_terms), self._passes.summing_device)
+                unseen &= self._pass(sweep.heads, one, reductions, held if holds else None)
+                num_done += 1
+                if num_done == 1 and len(plan.sweeps) > 1:
+                    minutes = (time.monotonic() - began) * plan.num_passes / 60
+                    rank_zero_info(f"Probe: the first of {plan.num_passes} passes is done; about {minutes:.3g} "
+                                   "minutes in all.")  # fmt: skip
+            found += self._found(sweep.heads, reductions)
+        return Measured(found, unseen, held)
+
+    def _pass(
+        self,
+        heads: Sequence[SweptHeads],
+        one: Pass,
+        reductions: dict[int, list[SliceReduction]],
+        held: HeldGradients | None,
+    ) -> set[int]:
+        """One pass over the samples; the batches in which none of the heads took part."""
+        active = {place: heads[place] for place in one.stages}
+        reduce = partial(self._reduce, reductions, one.stages)
+        waiting = WaitingGradients(active, reduce, self._passes.summing_device)
+
+        def visit(first: int, step: CapturedStep) -> None:
+            self._num_terms[first : first + len(step.samples)] = step.num_terms.to(self._num_terms)
+            waiting.take(first, step)
+            if held:
+                held.take(first, step)
+
+        projections = [heads.projection for heads in active.values()]
+        missed = self._passes.run([*projections, *(held.projections if held else ())], visit)
+        waiting.flush()
+        if any("compare" in stages for stages in one.stages.values()):
+            for reduction in itertools.chain.from_iterable(reductions.values()):
+                reduction.compared()
+        release()
+        return missed
 
     def _reduce(
         self,
         reductions: dict[int, list[SliceReduction]],
-        stage: str,
+        stages: Mapping[int, tuple[Stage, ...]],
         place: int,
         block: Float[Tensor, "some head weight"],
         where: Int[Tensor, some],
@@ -142,7 +192,8 @@ class ProbeSweeps:
                 for deal in self._deals
             ]
         for reduction in reductions[place]:
-            getattr(reduction, stage)(block, where)
+            for stage in stages[place]:
+                getattr(reduction, stage)(block, where)
 
     def _found(
         self, sweep: Sequence[SweptHeads], reductions: dict[int, list[SliceReduction]]
@@ -182,82 +233,3 @@ class ProbeSweeps:
                     ),
                 )
                 start = part.stop
-
-
-class _Stream:
-    """Gradients on their way from captured steps to a reduction, those of small steps together.
-
-    How many wait for each other depends on the model alone, so that the order of every sum does, too.
-
-    Args:
-        sweep: The heads.
-        reduce: Takes the place of some heads in the sweep, gradients, and the places of their samples.
-        together: Samples that may wait for each other.
-        device: Where the arithmetic runs.
-    """
-
-    def __init__(
-        self,
-        sweep: Sequence[SweptHeads],
-        reduce: Callable[[int, Tensor, Tensor], None],
-        together: int,
-        device: torch.device,
-    ) -> None:
-        self._sweep, self._reduce, self._together, self._device = sweep, reduce, together, device
-        self._waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._num_waiting = 0
-
-    def take(self, first: int, step: CapturedStep) -> None:
-        """Take the gradients of a step."""
-        if self._num_waiting + len(step.samples) > self._together:
-            self.flush()
-        waits = len(step.samples) <= self._together
-        self._num_waiting += len(step.samples) if waits else 0
-        for place, heads in enumerate(self._sweep):
-            if heads.projection.module_name in step.factors:
-                for start, block in heads.blocks(step, self._device):
-                    where = torch.arange(first + start, first + start + len(block), device=self._device)
-                    if waits:
-                        self._waiting.setdefault(place, []).append((block, where))
-                    else:
-                        self._reduce(place, block, where)
-
-    def flush(self) -> None:
-        """Hand over what waits."""
-        for place in sorted(self._waiting):
-            blocks, where = zip(*self._waiting.pop(place), strict=True)
-            with torch.no_grad(), without_autocast(self._device):
-                self._reduce(place, torch.cat(blocks), torch.cat(where))
-        self._num_waiting = 0
-
-
-def held_pairs(
-    passes: ProbePasses,
-    samples: ProbeSamples,
-    wanted: Sequence[tuple[SweptHeads, Sequence[Cell]]],
-    settings: ScoreSettings,
-) -> list[SamplePair]:
-    """The sample pairs of the most harm in the cells of some heads, whose gradients are held in memory."""
-    held: dict[int, Tensor] = {}
-    seen = torch.zeros(len(wanted), len(samples), dtype=torch.bool)
-
-    def visit(first: int, step: CapturedStep) -> None:
-        for place, (heads, _) in enumerate(wanted):
-            if heads.projection.module_name not in step.factors:
-                continue
-            for start, block in heads.blocks(step, passes.summing_device):
-                if place not in held:
-                    held[place] = block.new_zeros(len(samples), heads.num_weights)
-                rows = slice(first + start, first + start + len(block))
-                held[place][rows], seen[place, rows] = block[:, 0], True
-
-    passes.run([heads.projection for heads, _ in wanted], visit)
-    pairs: list[SamplePair] = []
-    for place, (heads, cells) in enumerate(wanted):
-        rows = seen[place].nonzero().flatten().tolist()
-        tasks, ids, texts = (
-            [values[row] for row in rows] for values in (samples.tasks, samples.ids, samples.texts)
-        )
-        own = held.pop(place)[rows]
-        pairs += pairs_of_head(heads.projection, cells, own, tasks, ids, texts, settings)
-    return pairs

@@ -26,7 +26,7 @@ def weighted_gradients(
     samples: SamplesByTask,
     gradient: Float[Tensor, "sample head weight"],
     responses: Float[Tensor, "sample half task head"],
-    reference: Reference,
+    count: Float[Tensor, task],
 ) -> Weighted:
     """Mean over the samples of each task A of a sample's gradient times its response; of these samples' part.
 
@@ -34,9 +34,8 @@ def weighted_gradients(
         samples: All samples, or some.
         gradient: Their gradients, at some weights.
         responses: Their responses times their number of terms, at the heads of these weights.
-        reference: Made of all samples.
+        count: All samples of each task.
     """
-    count = reference.sums.task_count
     num_tasks = len(count)
     weighted = gradient.new_zeros(2, num_tasks, num_tasks, *gradient.shape[1:])
     for task, rows in samples.groups:
@@ -50,11 +49,11 @@ def add_weighted_gradients(
     total: Weighted,
     samples: SamplesByTask,
     responses: Float[Tensor, "sample half task head"],
-    reference: Reference,
+    count: Float[Tensor, task],
 ) -> None:
     """Add the part of some samples to the means over all of them."""
     for at, gradient, _, _ in samples:
-        total[at] += weighted_gradients(samples, gradient, responses[..., at[1]], reference)
+        total[at] += weighted_gradients(samples, gradient, responses[..., at[1]], count)
 
 
 def curvature_influence(
@@ -79,7 +78,8 @@ def curvature_influence(
         if weighted.ndim == 5:
             here = weighted[at]
         else:
-            here = weighted_gradients(samples, gradient, weighted[..., heads], reference)
+            count = reference.sums.task_count
+            here = weighted_gradients(samples, gradient, weighted[..., heads], count)
         for rows, part in _influence(
             samples, reference, moves, here, gradient, square, slice_square[:, heads]
         ):
@@ -98,11 +98,16 @@ def _influence(
 ) -> Iterable[tuple[slice, Float[Tensor, "own task head"]]]:
     """The part of some weights, for the samples of each half of a task."""
     half_count, count = reference.sums.count, reference.sums.task_count
-    for rows, own in task_samples(samples, gradient, square, slice_square):
-        first, second = weighted[:, :, own.task]
-        mean = moves.half_mean[:, own.task]
-        # A sample moves the direction of its own half alone, which meets the responses to the other.
-        has_halves = half_count[1 - own.half, own.task] > 0
-        share = (half_count[own.half, own.task] / count[own.task]).to(weighted)
-        vectors = weighted[1 - own.half, :, own.task] / share if has_halves else first + second
-        yield rows, moves.derivative(own, vectors, first * mean[1] + second * mean[0])
+    for task, halves in task_samples(samples, gradient, square, slice_square):
+        first, second = weighted[:, :, task]
+        has_halves = bool((half_count[:, task] > 0).all())
+        if has_halves:
+            times_mean = first * moves.half_mean(1, task) + second * moves.half_mean(0, task)
+        else:
+            times_mean = (first + second) * moves.mean_gradient[task]
+        slopes = moves.slopes(task, times_mean)
+        for rows, own in halves:
+            # A sample moves the direction of its own half alone, which meets the responses to the other.
+            share = (half_count[own.half, task] / count[task]).to(weighted)
+            vectors = weighted[1 - own.half, :, task] / share if has_halves else first + second
+            yield rows, slopes(own, vectors)

@@ -84,7 +84,9 @@ def interference_left_out(
         left = torch.empty_like(square)
         for task, rows in samples.groups:
             mean = sums.square[task][at] / count[task].to(square)
-            left[rows] = fisher[at] - lost[rows, :, None].to(square) * (square[rows] - mean)
+            torch.sub(mean, square[rows], out=left[rows]).mul_(lost[rows, :, None].to(square)).add_(
+                fisher[at]
+            )
         left = left.clamp_(min=0).add_(epsilon[:, heads, None].to(square)).reciprocal_().mul_(each[at])
         change = left - reference.inverse[at]
         for a in range(num_tasks):

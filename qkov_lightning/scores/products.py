@@ -40,20 +40,28 @@ def inner_products(
     for at, gradient, square, absolute in samples:
         heads, moves = at[1], reference.directions(at)
         mean, one, divisor = moves.mean_gradient, each[at][None], inverse[at][None]
-        pulled_by = torch.cat([mean * one, mean * divisor, moves.weighted, moves.weighted_half])
-        sensitive_to = torch.cat([sums.absolute[at] / count * divisor, divisor])
-        pushed_by = torch.cat([moves.mean_square * divisor, one])
-        with_gradient[..., heads] += inner(gradient, pulled_by)
+        pulled_by = mean.new_empty(4, *mean.shape)
+        torch.mul(mean, one, out=pulled_by[0])
+        torch.mul(mean, divisor, out=pulled_by[1])
+        moves.weighted(out=pulled_by[2])
+        moves.weighted_half(out=pulled_by[3])
+        sensitive_to, pushed_by = mean.new_empty(2, num_tasks + 1, *mean.shape[1:])
+        torch.div(sums.absolute[at], count, out=sensitive_to[:-1]).mul_(divisor)
+        torch.mul(moves.mean_square, divisor, out=pushed_by[:-1])
+        sensitive_to[-1:], pushed_by[-1:] = divisor, one
+        with_gradient[..., heads] += inner(gradient, pulled_by.flatten(0, 1))
         with_square[..., heads] += inner(square, sensitive_to)
         with_absolute[..., heads] += inner(absolute, pushed_by)
         self_pair[:, heads] += inner(absolute.mul_(square), divisor)[:, 0]
-        for rows, own in task_samples(samples, gradient, square, slice_square[:, heads]):
-            if with_influence:
-                slope[rows, :, heads] += moves.derivative(own, mean, mean * mean[own.task])
-            # Last: it writes over all of them.
-            with_all, with_other = moves.response_to_others(own, absolute[rows])
-            own_response[rows, heads] += with_all
-            across[rows, heads] += with_other
+        for task, own_halves in task_samples(samples, gradient, square, slice_square[:, heads]):
+            slopes = moves.slopes(task, mean * mean[task]) if with_influence else None
+            for rows, own in own_halves:
+                if slopes is not None:
+                    slope[rows, :, heads] += slopes(own, mean)
+                # Last: it writes over all of them.
+                with_all, with_other = moves.response_to_others(own, absolute[rows])
+                own_response[rows, heads] += with_all
+                across[rows, heads] += with_other
     alignment, whitened_alignment, response, first = with_gradient.split(num_tasks, dim=1)
     own_task = samples.membership.T.bool().unsqueeze(-1)
     own_slope = (response * own_task).sum(dim=1)

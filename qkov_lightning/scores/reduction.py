@@ -143,9 +143,10 @@ class Deal:
 class SliceReduction:
     """Reduces the gradients of some heads, a few samples at a time: nothing is kept of a sample but numbers.
 
-    The same samples come again and again: all of them to ``add``, then all to ``compare``, and, where errors
-    are wanted, all to ``derive``. The Fisher is the plain mean over the samples of each task, then the mean
-    over the tasks.
+    The same samples come again and again: all of them to ``add``, then all to ``compare``, and, where it is
+    asked what each sample moves the scores by, all to ``weigh``, which each may do as soon as it is compared,
+    and all to ``derive``. The Fisher is the plain mean over the samples of each task, then the mean over the
+    tasks.
 
     Args:
         deal: How all samples are dealt out. Their number of terms may be set until they come.
@@ -153,8 +154,8 @@ class SliceReduction:
         damping: Added to the Fisher, relative to its mean over the slice.
         update: Direction in which a task updates the slice.
         step_size: Length of the step along it.
-        with_influence: Whether it is asked what each sample moves the scores by; without it, ``derive`` has
-            nothing to do, and the statistics say that no sample moves anything.
+        with_influence: Whether it is asked what each sample moves the scores by; without it, and without
+            ``derive``, the statistics say that no sample moves anything.
     """
 
     def __init__(
@@ -199,22 +200,35 @@ class SliceReduction:
             count = reference.sums.task_count
             shares = (1 / count / (count > 0).sum())[self._deal.task_indices[places]].to(block)
             found["left_out"] = interference_left_out(samples, reference, slice_square, shares, self._wholes)
-        if self._with_influence:
-            if self._weighted is None:
-                shape = (2, self._deal.num_tasks, self._deal.num_tasks, *reference.inverse.shape)
-                self._weighted = reference.inverse.new_zeros(shape)
-            terms = self._deal.num_terms[places][:, None, None, None]
-            responses = (found["half_responses"] * terms).to(block)
-            add_weighted_gradients(self._weighted, samples, responses, reference)
         self._keep(found, places)
 
+    def compared(self) -> None:
+        """All samples are compared: free what only that needs."""
+        self._wholes = None
+        self._sums.drop_magnitudes()
+
+    def weigh(self, block: Float[Tensor, "some head weight"], where: Int[Tensor, some]) -> None:
+        """Take some samples, which were compared, into the means of a gradient times its response."""
+        samples, places = self._of(block, where)
+        if self._weighted is None:
+            sums = self._sums
+            self._weighted = sums.each.new_zeros(2, self._deal.num_tasks, *sums.square.shape)
+        terms = self._deal.num_terms[places][:, None, None, None]
+        responses = (self._per_sample["half_responses"][places] * terms).to(block)
+        add_weighted_gradients(self._weighted, samples, responses, self._sums.task_count)
+
     def derive(self, block: Float[Tensor, "some head weight"], where: Int[Tensor, some]) -> None:
-        """Tell what some samples move the curvature by, from the complete products."""
-        if self._weighted is not None:
-            samples, places = self._of(block, where)
-            reference, slice_square = self._reference(), self._slice_square[places]
-            influence = curvature_influence(samples, reference, slice_square, self._weighted)
-            self._keep({"curvature_influence": influence}, places)
+        """Tell what some samples move the curvature by, once all samples were weighed.
+
+        Raises:
+            ValueError: If none was.
+        """
+        if self._weighted is None:
+            raise ValueError("No sample was weighed, which the curvature is made of.")
+        samples, places = self._of(block, where)
+        reference, slice_square = self._reference(), self._slice_square[places]
+        influence = curvature_influence(samples, reference, slice_square, self._weighted)
+        self._keep({"curvature_influence": influence}, places)
 
     def statistics(self, dropped: Float[Tensor, "sample group"] | None = None) -> SliceStatistics:
         """The statistics of all samples that came and belong to a task, in the order of their places.

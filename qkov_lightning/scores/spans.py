@@ -31,6 +31,8 @@ def weight_spans(gradient: Float[Tensor, "sample head weight"]) -> Iterator[tupl
     size = SPAN_BYTES if gradient.device.type == "cpu" else 32 * SPAN_BYTES
     width = max(MIN_WEIGHTS, size // max(1, num_samples * gradient.element_size()))
     together = max(1, width // max(1, num_weights))
+    # Of even size: a short rest takes as many calls as the others.
+    width = math.ceil(num_weights / math.ceil(num_weights / width)) if num_weights > width else width
     for head in range(0, num_heads, together):
         heads = slice(head, min(head + together, num_heads))
         for weight in range(0, num_weights, width):

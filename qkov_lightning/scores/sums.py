@@ -46,8 +46,8 @@ class TaskSums:
     def __init__(self, num_tasks: int, each: Float[Tensor, "head weight"], with_cubes: bool = False) -> None:
         self.each = each
         self.count = torch.zeros(2, num_tasks, dtype=torch.float64, device=each.device)
-        self.absolute, self.square = each.new_zeros(2, num_tasks, *each.shape)
-        self.gradient = each.new_zeros(2, *self.absolute.shape)
+        self.absolute, self.square = (each.new_zeros(num_tasks, *each.shape) for _ in range(2))
+        self.gradient = each.new_zeros(2, num_tasks, *each.shape)
         self.cube = torch.zeros_like(self.square) if with_cubes else None
 
     @property
@@ -74,6 +74,10 @@ class TaskSums:
                 if self.cube is not None:
                     self.cube[task][at] += (square[rows] * absolute[rows]).sum(dim=0)
         return squared_norm
+
+    def drop_magnitudes(self) -> None:
+        """Forget what interference alone needs: magnitudes and cubes."""
+        self.absolute, self.cube = self.absolute.new_empty(0), None
 
     def plain_fisher(self) -> Float[Tensor, "head weight"]:
         """Mean squared gradient of each task that has samples, then the mean over these tasks."""

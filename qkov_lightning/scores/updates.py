@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -57,11 +58,11 @@ def update_rate(
 
 @dataclass(frozen=True, eq=False)
 class TaskSamples:
-    """The samples of one task, at some weights of a slice.
+    """Samples of one half of a task, at some weights of a slice.
 
     Attributes:
         task: The task.
-        half: Half of the task that they are in.
+        half: The half.
         gradient: Their gradients.
         square: Their squared gradients.
         slice_square: Means of these over the whole slice.
@@ -79,10 +80,16 @@ def task_samples(
     gradient: Float[Tensor, "sample head weight"],
     square: Float[Tensor, "sample head weight"],
     slice_square: Float[Tensor, "sample head"],
-) -> Iterator[tuple[slice, TaskSamples]]:
-    """Where the samples of each half of a task stand, and what a direction needs of them."""
-    for task, half, rows in samples.halves:
-        yield rows, TaskSamples(task, half, gradient[rows], square[rows], slice_square[rows])
+) -> Iterator[tuple[int, list[tuple[slice, TaskSamples]]]]:
+    """For each task, where the samples of its halves stand, and what a direction needs of them."""
+    for task, halves in itertools.groupby(samples.halves, key=lambda one: one[0]):
+        yield (
+            task,
+            [
+                (rows, TaskSamples(task, half, gradient[rows], square[rows], slice_square[rows]))
+                for _, half, rows in halves
+            ],
+        )
 
 
 class UpdateDirections:
@@ -103,7 +110,6 @@ class UpdateDirections:
     Attributes:
         mean_gradient: Mean gradient.
         mean_square: Mean squared gradient.
-        half_mean: Mean gradient of each half; that of the whole task where there are no two halves.
     """
 
     def __init__(
@@ -126,20 +132,21 @@ class UpdateDirections:
         )
         each = self._count.clamp(min=1)[:, None, None]
         self.mean_gradient, self.mean_square = self._gradient_sum / each, square_sum / each
-        in_half, has_halves = count.clamp(min=1)[..., None, None], (count > 0).all(dim=0)[:, None, None]
-        self.half_mean = torch.where(has_halves, gradient_sum / in_half, self.mean_gradient)
         self._epsilon = epsilon
         self._rate = update_rate(update, self.mean_square, epsilon.to(square_sum))
 
-    @property
-    def weighted(self) -> Float[Tensor, "task head weight"]:
-        """The directions, ready for inner products over the slice."""
-        return self.mean_gradient * self._rate * self._weights
+    def weighted(self, out: Float[Tensor, "task head weight"]) -> None:
+        """Write the directions, ready for inner products over the slice."""
+        torch.mul(self.mean_gradient, self._rate, out=out).mul_(self._weights)
 
-    @property
-    def weighted_half(self) -> Float[Tensor, "task head weight"]:
-        """Those of the first half of each task."""
-        return self.half_mean[0] * self._rate * self._weights
+    def weighted_half(self, out: Float[Tensor, "task head weight"]) -> None:
+        """Write those of the first half of each task; 0 for a half without samples."""
+        first = self._half_count[0].clamp(min=1)[:, None, None]
+        torch.div(self._half_sum[0], first, out=out).mul_(self._rate).mul_(self._weights)
+
+    def half_mean(self, half: int, task: int) -> Float[Tensor, "head weight"]:
+        """Mean gradient of one half of a task, which must have samples."""
+        return self._half_sum[half, task] / self._half_count[half, task]
 
     def response_to_others(
         self, own: TaskSamples, scratch: Float[Tensor, "sample head weight"]
@@ -182,24 +189,29 @@ class UpdateDirections:
         with_other = inner(own.gradient.mul_(rate), (self._weights * across)[None])[:, 0]
         return with_all, with_other * others.sqrt() / in_other
 
-    def derivative(
-        self,
-        own: TaskSamples,
-        vectors: Float[Tensor, "other head weight"],
-        times_mean: Float[Tensor, "other head weight"],
-    ) -> Float[Tensor, "sample other head"]:
+    def slopes(
+        self, task: int, times_mean: Float[Tensor, "other head weight"]
+    ) -> Callable[[TaskSamples, Float[Tensor, "other head weight"]], Float[Tensor, "sample other head"]]:
         r""":math:`\langle y, \partial d / \partial j \rangle`, up to a constant, which no variance sees.
 
         Args:
-            own: The samples j of the task whose direction moves.
-            vectors: The y.
-            times_mean: They times the mean gradient that they belong to.
+            task: The task whose direction d moves.
+            times_mean: The y times the mean gradient that they belong to.
+
+        Returns:
+            That as a function of samples j of the task, and of y that they meet.
         """
-        rate = self._rate[own.task] * self._weights
-        moved = inner(own.gradient, vectors * rate)
+        rate = self._rate[task] * self._weights
         if not self._is_adaptive:
-            return moved
+            return lambda own, vectors: inner(own.gradient, vectors * rate)
         # d = m (f + eps)^(-1/2), with m the mean gradient and f the mean square, in which eps is a share.
-        slowed = times_mean * (self._rate[own.task].square() * rate / 2)
-        share = self._damping * own.slice_square.to(slowed)[:, None] * slowed.sum(dim=-1)
-        return moved - inner(own.square, slowed) - share
+        slowed = times_mean * (self._rate[task].square().mul_(rate).div_(2))
+        shared = self._damping * slowed.sum(dim=-1)
+
+        def moved(
+            own: TaskSamples, vectors: Float[Tensor, "other head weight"]
+        ) -> Float[Tensor, "sample other head"]:
+            share = own.slice_square.to(slowed)[:, None] * shared
+            return inner(own.gradient, vectors * rate) - inner(own.square, slowed) - share
+
+        return moved

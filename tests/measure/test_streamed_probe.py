@@ -24,6 +24,7 @@ from qkov_lightning import (
 )
 from qkov_lightning.heads.projections import BLOCKS, contiguous_heads
 from qkov_lightning.measure.jackknife import left_out_together
+from qkov_lightning.measure.passes import ProbePasses
 from qkov_lightning.scores.scores import SCORES
 
 TASKS = ("code", "math", "prose")
@@ -225,8 +226,42 @@ def test_neither_memory_nor_a_second_run_changes_a_bit() -> None:
 
     whole = measure()
     assert measure() == whole
-    # One projection of ten by twenty weights and 27 numbers of eight bytes at a time.
+    # Of 1,440 weights: 40 numbers of those that are weighed early, 34 otherwise.
+    assert measure(max_memory_gb=1440 * 36 * 8 / 2**30) == whole
+    # One projection of ten by twenty weights at a time.
     assert measure(max_memory_gb=200 * 35 * 8 / 2**30) == whole
+
+
+def test_a_pass_that_derives_holds_the_gradients_of_likely_sample_pairs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No pass is for the pairs alone, unless others than the likely ones turn out hot: the same pairs."""
+    count = 0
+    run = ProbePasses.run
+
+    def counted(*arguments: Any) -> set[int]:
+        nonlocal count
+        count += 1
+        return run(*arguments)
+
+    def measure(**options: Any) -> tuple[InterferenceHeatmap, int]:
+        nonlocal count
+        count = 0
+        settings = ScoreSettings(num_hot_cells=2)
+        options = {"replicates": "linear", "settings": settings, **options}
+        return probe_interference(made(), batches(), loss=loss, **options), count
+
+    monkeypatch.setattr(ProbePasses, "run", counted)
+    held, passes = measure()
+    assert held.pairs
+    assert passes == 3
+    late, passes = measure(max_memory_gb=1440 * 36 * 8 / 2**30)
+    assert passes == 4
+    assert measure(replicates="exact")[1] == 3
+    monkeypatch.setattr("qkov_lightning.measure.probe._Measuring._likely", lambda *_: [])
+    apart, passes = measure()
+    assert passes == 4
+    assert held.to_json() == apart.to_json() == late.to_json()
 
 
 def test_more_sweeps_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +271,7 @@ def test_more_sweeps_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
     probe_interference(made(), batches(), loss=loss, replicates="exact", max_memory_gb=3e-4)
     text = " ".join(said)
     assert "22 samples, " in text
-    assert "sweeps of 2 passes" in text
+    assert "3 sweeps, 6 passes over them" in text
     assert "minutes in all" in text
 
 
@@ -334,8 +369,8 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_no_gradient_outlives_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all bytes that live tensors hold when the last batch begins, where no small gradients wait."""
-    monkeypatch.setattr("qkov_lightning.measure.probe.HELD_BYTES", 0)
+    """Of all bytes that live tensors hold when the last batch begins, where no gradients wait."""
+    monkeypatch.setattr("qkov_lightning.measure.waiting.WAITING", 0)
 
     def peak(count: int) -> int:
         largest = 0
