@@ -137,7 +137,7 @@ class SoftmaxWatcher(MapWatcher):
 @contextlib.contextmanager
 def derivatives_on() -> Iterator[None]:
     """Grad mode, whatever the model says, and tensors that checkpoints do not compute again."""
-    hooks = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
+    hooks = torch.autograd.graph.saved_tensors_hooks(_kept, _itself)
     with torch.inference_mode(False), torch.enable_grad(), hooks:
         yield
 
@@ -190,6 +190,11 @@ def leaves_of(tensor: Tensor) -> dict[int, Tensor]:
 def leads_to(tensor: Tensor, leaf: Tensor) -> bool:
     """Whether a tensor was computed from a leaf."""
     return id(leaf) in leaves_of(tensor)
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """What the graph keeps of a tensor: one that leads back to the graph would keep it alive for ever."""
+    return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _itself(tensor: Tensor) -> Tensor:

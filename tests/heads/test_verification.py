@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -298,6 +299,18 @@ def test_the_model_is_left_as_found_even_after_an_error() -> None:
         assert torch.equal(parameter, before[name][1])
         assert parameter.grad is None
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("find", [verify_projections, lambda model, batch, _: find_projections(model, batch)])
+def test_nothing_of_the_graph_outlives_a_check(find: Callable[..., Any]) -> None:
+    def computed() -> int:
+        gc.collect()
+        return sum(type(one) is Tensor and one.grad_fn is not None for one in gc.get_objects())
+
+    model = llama()
+    before = computed()
+    find(model, BATCH, find_projections(model))
+    assert computed() == before
 
 
 def test_half_precision_does_not_blur_the_heads() -> None:
