@@ -247,9 +247,12 @@ def _pass_operations(model: nn.Module, lowest: Projection, projections: Sequence
 def _most(plan: Plan) -> float:
     """Numbers that are kept of each weight at most."""
     return max(
-        one.numbers / sum(heads.size for heads in sweep.heads)
-        for sweep in plan.sweeps
-        for one in sweep.passes
+        (
+            one.numbers / sum(heads.size for heads in sweep.heads)
+            for sweep in plan.sweeps
+            for one in sweep.passes
+        ),
+        default=0.0,
     )
 
 

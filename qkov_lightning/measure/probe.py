@@ -104,8 +104,8 @@ def probe_interference(
         processes: Those that measure together. Each runs all samples and takes the sums of some layers, so
             that the result is that of one process to the last bit; the more there are, the fewer sweeps.
         max_memory_gb: Memory of each process for sums, and for samples that wait to be summed together, in
-            GiB. Where not all layers fit, they are swept
-            some at a time, with passes over the samples for each sweep; scores do not depend on it.
+            GiB. Where not all layers fit, they are swept some at a time, with passes over the samples for
+            each sweep; scores do not depend on it.
         replicates: "exact" leaves each group out of all sums, which takes about 17 times their memory;
             "linear" sums up what each sample of the group moves the scores by; "auto" is exact where the
             sums of all groups fit into ``max_memory_gb``. The notes say which it was.

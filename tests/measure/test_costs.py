@@ -48,6 +48,13 @@ def test_less_memory_makes_more_sweeps_that_take_longer() -> None:
     assert "probe, exact replicates" not in costs(max_memory_gb=4 * 22 * 250 / 2**30)
 
 
+def test_a_model_that_does_not_train_costs_nothing() -> None:
+    frozen = model().requires_grad_(False)
+    found = costs_of(frozen, find_projections(frozen), Samples(16, 2, 6), SPEED)
+    assert {cost.seconds for cost in found} == {0.0}
+    assert all("0 sweeps" in cost.remark for cost in found if cost.way.startswith("probe"))
+
+
 def test_time_grows_with_samples_and_speed() -> None:
     once, twice = costs(Samples(16, 2, 6)), costs(Samples(32, 2, 6))
     for way, cost in once.items():
