@@ -4,9 +4,9 @@
 transformers, and about 6 GB of memory: python examples/full_size.py
 
 With --probe (on Linux), fixed samples are measured at the initial weights instead, and the time is compared
-with that of forward and backward passes over the same samples. The sums of all layers, and what waits for
-them, take 12 GiB; with a smaller --max-memory-gb the layers are swept some at a time:
-python examples/full_size.py --probe --max-memory-gb 12
+with that of forward and backward passes over the same samples. In 12 GiB, all layers are swept at once, the
+upper ones in four passes; with less, some layers at a time; with 14.5, all in three passes:
+python examples/full_size.py --probe --replicates linear --max-memory-gb 12
 """
 
 import argparse
@@ -41,6 +41,22 @@ SHAPE = Qwen3Config(
     head_dim=128,
     tie_word_embeddings=True,
 )
+
+
+def qwen3_8b() -> Qwen3ForCausalLM:
+    """The shape of Qwen3-8B without weights, to be costed: qkov inspect full_size:qwen3_8b."""
+    config = Qwen3Config(
+        vocab_size=151_936,
+        hidden_size=4096,
+        intermediate_size=12_288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        return Qwen3ForCausalLM(config)
 
 
 class LanguageModel(LightningModule):

@@ -187,7 +187,7 @@ def costs_of(
             Cost(
                 f"probe, {kind} replicates",
                 0,
-                4 * plan.max_numbers + BLOCK_BYTES,
+                4 * plan.max_numbers + 2 * BLOCK_BYTES,
                 samples.count * (seconds + steps * num_weights / speed.elements),
                 _auto((kind == "exact") == fits, f"{plan}, {_most(plan):.3g} numbers a weight"),
             )

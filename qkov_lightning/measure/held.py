@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from qkov_lightning.capture.factors import CapturedStep
-from qkov_lightning.heads.projections import Projection
 from qkov_lightning.measure.allotment import SweptHeads
 from qkov_lightning.measure.cells import Cell, SamplePair
 from qkov_lightning.measure.pairs import pairs_of_head
@@ -57,9 +56,9 @@ class HeldGradients:
         self._seen = {key: torch.zeros(num_samples, dtype=torch.bool) for key in self._heads}
 
     @property
-    def projections(self) -> list[Projection]:
-        """What must be captured."""
-        return [heads.projection for heads in self._heads.values()]
+    def heads(self) -> list[SweptHeads]:
+        """The heads."""
+        return list(self._heads.values())
 
     def __contains__(self, head: HotHead) -> bool:
         return head.key in self._heads
@@ -79,6 +78,11 @@ class HeldGradients:
                     self._gradients[key] = block.new_zeros(self._num_samples, heads.num_weights)
                 rows = slice(first + start, first + start + len(block))
                 self._gradients[key][rows], self._seen[key][rows] = block[:, 0], True
+
+    def forget(self) -> None:
+        """Give up the gradients of all heads."""
+        self._heads.clear()
+        self._gradients.clear()
 
     def pairs(self, head: HotHead, samples: ProbeSamples, settings: ScoreSettings) -> list[SamplePair]:
         """The sample pairs of the most harm in the cells of a head, whose gradients are then forgotten."""

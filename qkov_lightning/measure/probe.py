@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -36,12 +36,12 @@ from qkov_lightning.measure.allotment import (
 from qkov_lightning.measure.cells import SamplePair
 from qkov_lightning.measure.certainty import jackknife_error
 from qkov_lightning.measure.heatmap import InterferenceHeatmap
-from qkov_lightning.measure.held import HeldGradients, HotHead
+from qkov_lightning.measure.held import HeldGradients, HotHead, Key
 from qkov_lightning.measure.jackknife import MAX_GROUPS, num_groups_of, rounded
 from qkov_lightning.measure.measurement import check_size, described_layers
 from qkov_lightning.measure.pairs import hot_cells
 from qkov_lightning.measure.passes import OtherSamplesError, Probe, ProbePasses, ProbeSamples, first_batch
-from qkov_lightning.measure.sweeps import Found, Measured, ProbeSweeps
+from qkov_lightning.measure.sweeps import Found, Measured, ProbeSweeps, same_layers
 from qkov_lightning.scores.scores import SCORES
 from qkov_lightning.scores.settings import ScoreSettings, check_values
 from qkov_lightning.store.processes import Processes
@@ -169,6 +169,11 @@ class _Measuring:
     max_bytes: int
     replicates: ReplicateChoice
 
+    @cached_property
+    def trained(self) -> list[Projection]:
+        """Those that have gradients."""
+        return [one for one in self.projections if find_map(self.model, one).is_trainable]
+
     def in_all(self, work: Callable[[], T]) -> T:
         """Do something in all processes, or fail in all: who stopped alone would leave the others waiting.
 
@@ -201,7 +206,8 @@ class _Measuring:
         alone = self.processes.count == 1 and self.settings.num_hot_cells > 0
         choose = partial(self._likely, samples) if alone else None
         try:
-            return ProbeSweeps(self.passes, samples, self.settings, kind, groups).measure(plan, choose)
+            sweeps = ProbeSweeps(self.passes, self.trained, samples, self.settings, kind, groups)
+            return sweeps.measure(plan, choose)
         except OtherSamplesError:
             return None
 
@@ -254,22 +260,23 @@ class _Measuring:
         self, samples: ProbeSamples, heatmap: InterferenceHeatmap, held: HeldGradients | None
     ) -> list[SamplePair]:
         """The sample pairs of the most harm, with one more pass for heads whose gradients are not held."""
-        pairs: list[SamplePair] = []
-        others: list[HotHead] = []
-        for one in self._hot_heads(heatmap):
-            if held and one in held:
-                pairs += held.pairs(one, samples, self.settings)
-            else:
-                others.append(one)
+        hot = self._hot_heads(heatmap)
+        pairs: dict[Key, list[SamplePair]] = {}
+        if held is not None:
+            for one in hot:
+                if one in held:
+                    pairs[one.key] = held.pairs(one, samples, self.settings)
+            held.forget()
+        others = [one for one in hot if one.key not in pairs]
         while others:
             # The gradients of all samples, those of each task, their contributions, and their magnitudes.
             together = max(1, self.max_bytes // (4 * self._held_bytes(samples, others[0])))
             some, others = others[:together], others[together:]
             held = HeldGradients(some, len(samples), self.passes.summing_device)
-            self.passes.run(held.projections, held.take)
+            self.passes.run(same_layers(self.trained, held.heads), held.take)
             for one in some:
-                pairs += held.pairs(one, samples, self.settings)
-        return pairs
+                pairs[one.key] = held.pairs(one, samples, self.settings)
+        return [pair for one in hot for pair in pairs[one.key]]
 
     def _hot_heads(self, heatmap: InterferenceHeatmap) -> list[HotHead]:
         """The heads of this process whose sample pairs are wanted."""
@@ -304,8 +311,7 @@ class _Measuring:
         return groups, "exact" if numbers * num_weights * self._itemsize <= self.max_bytes else "linear"
 
     def _heads(self, projections: Sequence[Projection]) -> list[SweptHeads]:
-        trained = [one for one in projections if find_map(self.model, one).is_trainable]
-        return heads_of(self.model, trained, self._itemsize)
+        return heads_of(self.model, [one for one in projections if one in self.trained], self._itemsize)
 
     @property
     def _itemsize(self) -> int:

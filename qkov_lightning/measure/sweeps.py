@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from qkov_lightning.capture.factors import CapturedStep
-from qkov_lightning.heads.projections import BLOCKS
+from qkov_lightning.heads.projections import BLOCKS, Projection
 from qkov_lightning.measure.allotment import Pass, Plan, Replicates, Stage, SweptHeads
 from qkov_lightning.measure.held import HeldGradients, HotHead
 from qkov_lightning.measure.jackknife import left_out_together, unit_numbers
@@ -34,7 +34,7 @@ from qkov_lightning.measure.memory import release
 from qkov_lightning.measure.passes import ProbePasses, ProbeSamples
 from qkov_lightning.measure.waiting import WaitingGradients
 from qkov_lightning.scores.reduction import Deal, SliceReduction
-from qkov_lightning.scores.scores import SCORES
+from qkov_lightning.scores.scores import HARM, SCORES
 from qkov_lightning.scores.settings import ScoreSettings
 from qkov_lightning.scores.statistics import SliceStatistics
 
@@ -86,6 +86,7 @@ class ProbeSweeps:
 
     Args:
         passes: Runs the model.
+        projections: All that have gradients.
         samples: Who the samples are.
         settings: What the scores depend on.
         replicates: How replicates are made; None for no replicates.
@@ -95,12 +96,13 @@ class ProbeSweeps:
     def __init__(
         self,
         passes: ProbePasses,
+        projections: Sequence[Projection],
         samples: ProbeSamples,
         settings: ScoreSettings,
         replicates: Replicates | None,
         num_groups: int,
     ) -> None:
-        self._passes, self._settings = passes, settings
+        self._passes, self._projections, self._settings = passes, projections, settings
         self._num_batches, self._with_influence = len(samples.steps), replicates != "exact"
         device = passes.summing_device
         tasks = sorted(set(samples.tasks))
@@ -136,7 +138,8 @@ class ProbeSweeps:
             for one in sweep.passes:
                 holds = held is None and sweep is plan.sweeps[-1] and ("derive",) in one.stages.values()
                 if choose and holds:
-                    wanted = choose([*found, *self._found(sweep.heads, dict(reductions))], one)
+                    harm = self._found(sweep.heads, dict(reductions), [HARM])
+                    wanted = choose([*found, *harm], one)
                     held = HeldGradients(wanted, len(self._num_terms), self._passes.summing_device)
                 unseen &= self._pass(sweep.heads, one, reductions, held if holds else None)
                 num_done += 1
@@ -165,8 +168,8 @@ class ProbeSweeps:
             if held:
                 held.take(first, step)
 
-        projections = [heads.projection for heads in active.values()]
-        missed = self._passes.run([*projections, *(held.projections if held else ())], visit)
+        captured = [*active.values(), *(held.heads if held else ())]
+        missed = self._passes.run(same_layers(self._projections, captured), visit)
         waiting.flush()
         if any("compare" in stages for stages in one.stages.values()):
             for reduction in itertools.chain.from_iterable(reductions.values()):
@@ -196,7 +199,10 @@ class ProbeSweeps:
                 getattr(reduction, stage)(block, where)
 
     def _found(
-        self, sweep: Sequence[SweptHeads], reductions: dict[int, list[SliceReduction]]
+        self,
+        sweep: Sequence[SweptHeads],
+        reductions: dict[int, list[SliceReduction]],
+        scores: Iterable[str] = SCORES,
     ) -> Iterator[Found]:
         """The scores, of all heads that saw the same samples at once."""
         alike: dict[tuple[int, ...], list[int]] = {}
@@ -211,7 +217,8 @@ class ProbeSweeps:
                 for parts in zip(*(statistics.pop(place) for place in places), strict=True)
             ]
             values, variances, replicates = {}, {}, {}
-            for name, score in SCORES.items():
+            for name in scores:
+                score = SCORES[name]
                 estimate = score.function(whole)
                 values[name], variances[name] = estimate.value.cpu(), estimate.variance.cpu()
                 if others:
@@ -233,3 +240,13 @@ class ProbeSweeps:
                     ),
                 )
                 start = part.stop
+
+
+def same_layers(projections: Sequence[Projection], heads: Iterable[SweptHeads]) -> list[Projection]:
+    """All projections of the layers of some heads.
+
+    Which tokens of an input add nothing depends on who else reads it. So that the gradients of a head have
+    the same bits in every pass, those of its whole layer are captured along with them.
+    """
+    layers = {one.projection.layer for one in heads}
+    return [one for one in projections if one.layer in layers]

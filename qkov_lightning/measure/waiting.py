@@ -56,7 +56,7 @@ class WaitingGradients:
     ) -> None:
         self._heads, self._reduce, self._device = heads, reduce, device
         self._lines: dict[int, _Line] = {}
-        self._memory: Tensor | None = None
+        self._memory = torch.empty(0)
 
     def take(self, first: int, step: CapturedStep) -> None:
         """Take the gradients of a step.
@@ -73,16 +73,17 @@ class WaitingGradients:
             if place not in self._lines:
                 self._lines[place] = self._line(heads, (heads.projection.layer % STAGGERED + 1) / STAGGERED)
             line = self._lines[place]
-            if (
+            is_full = (
                 line.num_bytes + num_bytes > line.max_bytes
                 or line.num_samples + num_samples > line.max_samples
-            ):
+            )
+            if line.steps and is_full:
                 self._hand_over(place)
                 line = self._lines[place]
             line.steps.append((first, replace(step, factors={name: step.factors[name]})))
             line.num_bytes += num_bytes
             line.num_samples += num_samples
-            if num_bytes > line.max_bytes:
+            if line.num_bytes > line.max_bytes:
                 self._hand_over(place)
 
     def flush(self) -> None:
@@ -109,14 +110,14 @@ class WaitingGradients:
 
     def _gradients(self, heads: SweptHeads, line: _Line) -> Float[Tensor, "sample head weight"]:
         """Of all that wait, in memory that is the same every time."""
-        parts = [heads.part(step, self._device) for _, step in line.steps]
-        size = line.num_samples * heads.size
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = parts[0].grad_output.new_empty(size)
-        block = self._memory[:size].view(line.num_samples, *heads.shape)
-        counts = [len(step.samples) for _, step in line.steps]
-        for part, own in zip(parts, block.split(counts), strict=True):
-            owned_gradients(part, out=own)
+        size, start = line.num_samples * heads.size, 0
+        for _, step in line.steps:
+            part = heads.part(step, self._device)
+            if self._memory.numel() < size or self._memory.dtype != part.grad_output.dtype:
+                self._memory = part.grad_output.new_empty(size)
+            block = self._memory[:size].view(line.num_samples, *heads.shape)
+            owned_gradients(part, out=block[start : start + len(step.samples)])
+            start += len(step.samples)
         return block.view(line.num_samples, heads.projection.num_heads, -1)
 
     def _places(self, first: int, count: int) -> Tensor:

@@ -18,7 +18,7 @@ SPAN_BYTES = 2 * 2**20
 """Gradients that a processor works on at once: small enough for its caches."""
 
 MIN_WEIGHTS = 64
-"""Weights of a head that a processor works on at least, however many samples there are."""
+"""Weights of a head that a processor works on, about, however many samples there are."""
 
 Place = tuple[Any, slice, slice]
 """Indexes ``[..., head, weight]``."""
@@ -31,7 +31,7 @@ def weight_spans(gradient: Float[Tensor, "sample head weight"]) -> Iterator[tupl
     size = SPAN_BYTES if gradient.device.type == "cpu" else 32 * SPAN_BYTES
     width = max(MIN_WEIGHTS, size // max(1, num_samples * gradient.element_size()))
     together = max(1, width // max(1, num_weights))
-    # Of even size: a short rest takes as many calls as the others.
+    # Of even size, which may be down to half the width: a short rest takes as many calls as the others.
     width = math.ceil(num_weights / math.ceil(num_weights / width)) if num_weights > width else width
     for head in range(0, num_heads, together):
         heads = slice(head, min(head + together, num_heads))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -185,7 +185,10 @@ def test_projected_training_is_that_of_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16])
-def test_a_probe_is_that_of_the_cpu(precision: torch.dtype | None) -> None:
+@pytest.mark.parametrize("replicates", ["exact", "linear"])
+def test_a_probe_is_that_of_the_cpu(
+    precision: torch.dtype | None, replicates: Literal["exact", "linear"]
+) -> None:
     heatmaps = []
     for device in ("cpu", "cuda"):
         model = Classifier([GroupedAttention()], width=10)
@@ -199,7 +202,7 @@ def test_a_probe_is_that_of_the_cpu(precision: torch.dtype | None) -> None:
             with torch.autocast(device, precision if lower else None, enabled=lower):
                 return functional.cross_entropy(model(batch["tokens"]), batch["target"])
 
-        heatmaps.append(probe_interference(model.to(device), loader(24), loss=loss))
+        heatmaps.append(probe_interference(model.to(device), loader(24), loss=loss, replicates=replicates))
     exact = 1e-3 if precision is None else 0.1
     torch.testing.assert_close(
         heatmaps[1].scores["relative"], heatmaps[0].scores["relative"], rtol=exact, atol=exact * 1e-2,

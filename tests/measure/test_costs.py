@@ -33,8 +33,8 @@ def test_a_probe_needs_memory_for_its_sums_and_no_disk() -> None:
     # Four sums a task; with cubes, and a sum for each half and ordered pair. Four for gradients that wait.
     linear, exact = found["probe, linear replicates"], found["probe, exact replicates"]
     assert linear.disk_bytes == exact.disk_bytes == 0
-    assert linear.memory_bytes == 64 * 2**20 + 4 * WEIGHTS * (8 + 2 + 8 + 4)
-    assert exact.memory_bytes == 64 * 2**20 + 4 * WEIGHTS * (8 * 17 + 4)
+    assert linear.memory_bytes == 128 * 2**20 + 4 * WEIGHTS * (8 + 2 + 8 + 4)
+    assert exact.memory_bytes == 128 * 2**20 + 4 * WEIGHTS * (8 * 17 + 4)
     assert costs(Samples(160, 2, 6))["probe, linear replicates"].memory_bytes == linear.memory_bytes
 
 
@@ -43,7 +43,7 @@ def test_less_memory_makes_more_sweeps_that_take_longer() -> None:
     parts = costs(max_memory_gb=4 * 22 * 250 / 2**30)["probe, linear replicates"]
     assert whole.remark.startswith("1 sweep, 3 passes")
     assert int(parts.remark.split()[0]) >= 6
-    assert parts.memory_bytes <= 64 * 2**20 + 4 * 22 * 250
+    assert parts.memory_bytes <= 128 * 2**20 + 4 * 22 * 250
     assert parts.seconds > 1.3 * whole.seconds
     assert "probe, exact replicates" not in costs(max_memory_gb=4 * 22 * 250 / 2**30)
 
