@@ -13,6 +13,15 @@ from torch.utils.data import DataLoader, Dataset
 
 TASK_NAMES = ("math", "code")
 
+ADVICE = (
+    "ignore:.*does not have many workers.*",
+    "ignore:.*smaller than the logging interval.*",
+    "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
+    "ignore:The dirpath has changed.*",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+"""Warnings to ignore: advice of Lightning about the size of a test, not about the monitor."""
+
 
 class Samples(Dataset):
     """Fixed samples; sample n belongs to task n modulo the number of tasks."""

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from models import Classifier, GroupedAttention
-from modules import Module, Samples, loader, trainer
+from modules import ADVICE, Module, Samples, loader, trainer
 from oracles import batch_of_one_gradients
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,14 +31,7 @@ from qkov_lightning import (
 )
 from qkov_lightning.scores.scores import SCORES
 
-pytestmark = pytest.mark.filterwarnings(
-    # Advice of Lightning about the size of the test, not about the monitor.
-    "ignore:.*does not have many workers.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
-    "ignore:The dirpath has changed.*",
-    "ignore:Checkpoint directory .* exists and is not empty",
-)
+pytestmark = pytest.mark.filterwarnings(*ADVICE)
 
 
 def expected_scores(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import Classifier, GroupedAttention
-from modules import Module, loader, trainer
+from modules import ADVICE, Module, loader, trainer
 from modules import Samples as ModuleSamples
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
@@ -30,13 +30,7 @@ from qkov_lightning.capture.gradients import head_gradients, owned_part
 from qkov_lightning.capture.samples import Samples
 from qkov_lightning.store.sampling import Coordinates, draw_slice, sampled_gradients
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
-    "ignore:The dirpath has changed.*",
-    "ignore:Checkpoint directory .* exists and is not empty",
-)
+pytestmark = pytest.mark.filterwarnings(*ADVICE)
 
 HEADS, HEAD_DIM, OTHER = 2, 6, 20
 TASKS = ["math", "code"] * 4

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import seed_everything
 from models import Classifier, GroupedAttention
-from modules import loader, trainer
+from modules import ADVICE, loader, trainer
 from test_sampling import LongSamples, Wide, resumable
 from torch import Tensor
 from torch.nn import functional
@@ -34,13 +34,7 @@ from qkov_lightning.store.sum_memory import SETS_ON_DISK, sums_disk_bytes
 from qkov_lightning.store.sums import RunningSums
 from qkov_lightning.store.window import Window
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers.*",
-    "ignore:.*smaller than the logging interval.*",
-    "ignore:You defined a `validation_step` but have no `val_dataloader`.*",
-    "ignore:The dirpath has changed.*",
-    "ignore:Checkpoint directory .* exists and is not empty",
-)
+pytestmark = pytest.mark.filterwarnings(*ADVICE)
 
 DAMPING, STEP = 1e-3, 0.01
 EXACT = ("interference", "relative", "cosine", "conflict")
